@@ -1,0 +1,38 @@
+"""A Stepflow workflow server inside your Python program."""
+
+from __future__ import annotations
+
+from .errors import ApiError as ApiError
+from .errors import BinaryNotFoundError as BinaryNotFoundError
+from .errors import ConnectionLostError as ConnectionLostError
+from .errors import FlowDefinitionError as FlowDefinitionError
+from .errors import FlowFailedError as FlowFailedError
+from .errors import FlowNotFoundError as FlowNotFoundError
+from .errors import FlowSyntaxError as FlowSyntaxError
+from .errors import InvalidFlowError as InvalidFlowError
+from .errors import RunLostError as RunLostError
+from .errors import RuntimeStoppedError as RuntimeStoppedError
+from .errors import ServerCrashedError as ServerCrashedError
+from .errors import ServerError as ServerError
+from .errors import ServerStartError as ServerStartError
+from .errors import StepflowError as StepflowError
+from .executor import Diagnostic as Diagnostic
+from .executor import FlowError as FlowError
+from .executor import FlowResult as FlowResult
+from .executor import FlowSource as FlowSource
+from .executor import FlowStatus as FlowStatus
+from .executor import StepflowExecutor as StepflowExecutor
+from .logs.config import LogConfig as LogConfig
+from .logs.entry import LogEntry as LogEntry
+from .runtime import StepflowRuntime as StepflowRuntime
+from .server.process import ServerExit as ServerExit
+from .server.restart import RestartPolicy as RestartPolicy
+from .server.supervisor import RuntimeState as RuntimeState
+
+__version__ = "0.1.0"
+
+# Public objects say that they live here, not in the room they were built in.
+for _value in list(locals().values()):
+    if getattr(_value, "__module__", "").startswith("stepflow_runtime."):
+        _value.__module__ = __name__
+del _value

@@ -1,0 +1,316 @@
+"""A workflow from a path or a mapping: read, parsed, and encoded for the server.
+
+Contract: what comes out of :func:`load` is a mapping that JSON can carry, with the key
+under which it may be cached. Whatever is wrong with the source is a
+``FlowDefinitionError`` that names it. Files are YAML 1.2's core schema, as the server
+reads them: ``on``, ``no`` and dates are strings, there are no merge keys, and a key
+that stands twice is an error instead of a silent choice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
+
+import msgspec
+import yaml
+
+from .errors import (
+    FlowDefinitionError,
+    FlowNotFoundError,
+    FlowSyntaxError,
+    InvalidFlowError,
+)
+from .executor import FlowSource
+
+__all__ = ["FileKey", "Flow", "load", "parse", "stat_key", "without_retry_limits"]
+
+MAPPING_SOURCE = "<mapping>"
+
+
+@dataclass(frozen=True)
+class FileKey:
+    """What tells one state of a file from the next."""
+
+    path: str
+    mtime_ns: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Flow:
+    """A workflow that is ready to be sent.
+
+    :ivar encoded: the document as JSON
+    :ivar document: the document
+    :ivar source: the file's path, or ``"<mapping>"``
+    """
+
+    encoded: bytes
+    document: Mapping[str, Any]
+    source: str
+
+
+def load(flow: FlowSource) -> Flow:
+    """Read and parse ``flow``. Blocks on the file system if it is a path.
+
+    :raises FlowNotFoundError: if the file is missing or unreadable
+    :raises FlowSyntaxError: if it is not well-formed YAML or JSON
+    :raises InvalidFlowError: if it holds no mapping, or something JSON cannot carry
+    :raises TypeError: if ``flow`` is neither a path nor a mapping
+    """
+    if isinstance(flow, Mapping):
+        return _encode(flow, MAPPING_SOURCE)
+    path = as_path(flow)
+    return _encode(parse(_read(path), str(path)), str(path))
+
+
+def stat_key(path: Path) -> FileKey:
+    """The key of the file's present state. Blocks on the file system.
+
+    :raises FlowNotFoundError: if it is missing
+    """
+    try:
+        status = os.stat(path)
+    except OSError as exc:
+        raise _not_found(path, exc) from exc
+    return FileKey(str(path), status.st_mtime_ns, status.st_size)
+
+
+def as_path(flow: object) -> Path:
+    if isinstance(flow, str) and "\n" in flow:
+        raise TypeError(
+            "flow is a string of several lines: pass the path of a workflow file, or the "
+            "document as a mapping (yaml.safe_load of the text)"
+        )
+    if isinstance(flow, str | os.PathLike):
+        return Path(flow)
+    raise TypeError(
+        f"flow must be the path of a workflow file or a mapping, not {type(flow).__name__}"
+    )
+
+
+def parse(text: bytes, source: str) -> Mapping[str, Any]:
+    """Parse the text of a workflow file; JSON if ``source`` ends in ``.json``.
+
+    :raises FlowSyntaxError: with line and column, if it is not well-formed
+    :raises InvalidFlowError: if it is something other than a mapping
+    """
+    document = (_parse_json if source.endswith(".json") else _parse_yaml)(text, source)
+    if not isinstance(document, dict):
+        found = (
+            "nothing"
+            if document is None
+            else f"a {_KINDS.get(type(document), 'value')}"
+        )
+        raise InvalidFlowError(
+            f"{source}: a workflow is a mapping with steps and output, but this file holds "
+            f"{found}",
+            source=source,
+        )
+    return document
+
+
+_KINDS = {list: "list", str: "string", int: "number", float: "number", bool: "boolean"}
+
+
+def without_retry_limits(document: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """A copy without the steps' ``onError.maxRetries``, or None if there are none.
+
+    The server's flow analysis turns every number into a float before it looks, and then
+    refuses this one for not being an integer. It is the only integer of the flow format.
+    """
+    steps = document.get("steps")
+    if not isinstance(steps, list) or not any(map(_limits_retries, steps)):
+        return None
+    return {**document, "steps": [_without_retry_limit(step) for step in steps]}
+
+
+def _limits_retries(step: Any) -> bool:
+    on_error = step.get("onError") if isinstance(step, dict) else None
+    # Only a whole number is taken out: anything else is for the server to refuse.
+    return isinstance(on_error, dict) and type(on_error.get("maxRetries")) is int
+
+
+def _without_retry_limit(step: Any) -> Any:
+    if not _limits_retries(step):
+        return step
+    on_error = {
+        key: value for key, value in step["onError"].items() if key != "maxRetries"
+    }
+    return {**step, "onError": on_error}
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as exc:
+        raise _not_found(path, exc) from exc
+
+
+def _not_found(path: Path, exc: OSError) -> FlowNotFoundError:
+    reason = exc.strerror or exc
+    return FlowNotFoundError(
+        f"cannot read the workflow file {path}: {reason} (working directory: {os.getcwd()})",
+        source=str(path),
+    )
+
+
+def _encode(document: Mapping[str, Any], source: str) -> Flow:
+    try:
+        return Flow(msgspec.json.encode(document), document, source)
+    except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as exc:
+        raise InvalidFlowError(
+            f"{source}: the workflow cannot be written as JSON: {exc}", source=source
+        ) from exc
+
+
+# -- JSON ------------------------------------------------------------------------------
+
+
+def _parse_json(text: bytes, source: str) -> Any:
+    try:
+        return json.loads(
+            text, parse_constant=_refuse_constant, object_pairs_hook=_unique_pairs
+        )
+    except json.JSONDecodeError as exc:
+        raise _syntax_error(source, exc.msg, exc.lineno, exc.colno) from exc
+    except UnicodeDecodeError as exc:
+        raise _syntax_error(source, f"not UTF-8: {exc.reason}") from exc
+    except (ValueError, RecursionError) as exc:
+        raise _syntax_error(source, str(exc)) from exc
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return unique
+
+
+# -- YAML ------------------------------------------------------------------------------
+
+
+class _CoreSchemaLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """PyYAML's safe loader with YAML 1.2's core schema in place of YAML 1.1."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_constructors: ClassVar[dict[str | None, Any]] = {}
+
+
+_INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+_FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
+_CORE_SCHEMA = (
+    ("tag:yaml.org,2002:null", r"~|null|Null|NULL|", "~nN\0"),
+    ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("tag:yaml.org,2002:int", _INT.pattern, "-+0123456789"),
+    (
+        "tag:yaml.org,2002:float",
+        _FLOAT.pattern + r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+)
+
+
+def _construct_mapping(loader: Any, node: yaml.MappingNode) -> dict[str, Any]:
+    mapping: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, str):
+            raise yaml.constructor.ConstructorError(
+                None,
+                None,
+                f"a key must be a string, found {key!r}",
+                key_node.start_mark,
+            )
+        if key in mapping:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {key!r} stands twice", key_node.start_mark
+            )
+        mapping[key] = loader.construct_object(value_node, deep=True)
+    return mapping
+
+
+def _construct_sequence(loader: Any, node: yaml.SequenceNode) -> list[Any]:
+    return [loader.construct_object(child, deep=True) for child in node.value]
+
+
+def _construct_int(loader: Any, node: yaml.ScalarNode) -> int:
+    text: str = node.value
+    base = {"0o": 8, "0x": 16}.get(text[:2], 10)
+    return int(text[2:] if base != 10 else text, base)
+
+
+def _construct_float(loader: Any, node: yaml.ScalarNode) -> float:
+    text: str = node.value
+    if _FLOAT.fullmatch(text):
+        return float(text)
+    raise yaml.constructor.ConstructorError(
+        None, None, f"{text} is a number that JSON cannot carry", node.start_mark
+    )
+
+
+def _construct_bool(loader: Any, node: yaml.ScalarNode) -> bool:
+    return bool(node.value.lower() == "true")
+
+
+def _refuse_tag(loader: Any, node: yaml.Node) -> NoReturn:
+    raise yaml.constructor.ConstructorError(
+        None, None, f"the tag {node.tag} is not known here", node.start_mark
+    )
+
+
+def _set_up_loader() -> None:
+    for tag, pattern, first in _CORE_SCHEMA:
+        _CoreSchemaLoader.add_implicit_resolver(
+            tag,
+            re.compile(rf"(?:{pattern})\Z"),
+            ["" if c == "\0" else c for c in first],
+        )
+    add = _CoreSchemaLoader.add_constructor
+    add("tag:yaml.org,2002:map", _construct_mapping)
+    add("tag:yaml.org,2002:seq", _construct_sequence)
+    add("tag:yaml.org,2002:str", lambda loader, node: node.value)
+    add("tag:yaml.org,2002:null", lambda loader, node: None)
+    add("tag:yaml.org,2002:bool", _construct_bool)
+    add("tag:yaml.org,2002:int", _construct_int)
+    add("tag:yaml.org,2002:float", _construct_float)
+    add(None, _refuse_tag)
+
+
+_set_up_loader()
+
+
+def _parse_yaml(text: bytes, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_CoreSchemaLoader)
+    except yaml.MarkedYAMLError as exc:
+        mark = exc.problem_mark or exc.context_mark
+        problem = ", ".join(filter(None, (exc.problem, exc.context))) or "not YAML"
+        if mark is None:
+            raise _syntax_error(source, problem) from exc
+        raise _syntax_error(source, problem, mark.line + 1, mark.column + 1) from exc
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as exc:
+        raise _syntax_error(source, str(exc).replace("\n", " ")) from exc
+    except RecursionError as exc:
+        raise _syntax_error(source, "nested too deeply") from exc
+
+
+def _syntax_error(
+    source: str, problem: str, line: int | None = None, column: int | None = None
+) -> FlowDefinitionError:
+    place = f"{source}:{line}:{column}" if line is not None else source
+    return FlowSyntaxError(
+        f"{place}: {problem}", source=source, line=line, column=column
+    )

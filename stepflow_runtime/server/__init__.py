@@ -1,0 +1,1 @@
+"""One server process and its care. Nothing in here knows workflows."""

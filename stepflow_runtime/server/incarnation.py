@@ -1,0 +1,247 @@
+"""One incarnation of the server: a process, its two pumps, its start-up, its health.
+
+Contract: :meth:`Incarnation.live` returns when the process is gone, with everything it
+wrote taken in; and when it is cancelled, the process is stopped first. Its tasks are
+children of one task group: the process task, a pump for each pipe, the health monitor.
+The process task owns the process; the pumps are shielded and outlive it, since the last
+lines of a dying server are the ones that matter, until the pipes end or a deadline.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import anyio
+from anyio.abc import TaskGroup, TaskStatus
+
+from .. import wire
+from ..errors import ConnectionLostError, ServerStartError
+from ..logs.entry import Stream, decode
+from ..logs.pump import pump
+from ..logs.sinks import LogHub
+from ..transport import Transport
+from ..transport.loopback import LoopbackTransport
+from .diagnosis import last_words
+from .groups import quiet_task_group
+from .options import Command, ServerOptions
+from .process import ServerExit, ServerProcess
+
+__all__ = ["Incarnation"]
+
+# With the session swept the pipes end at once. Only a process that left the session, and
+# took a pipe along, makes us wait this long.
+_DRAIN_TIMEOUT: Final = 0.5
+
+# The server accepts connections before it announces its port; a retry is for the odd one.
+_FIRST_HEALTH_RETRY: Final = 0.05
+
+# How many of the last entries a ServerExit keeps.
+_LAST_ENTRIES: Final = 100
+
+
+class Incarnation:
+    """One life of the server.
+
+    :param on_ready: called with pid and port when the server is READY
+    :param on_lost: called when the process has ended unasked, before its logs are in
+    """
+
+    def __init__(
+        self,
+        options: ServerOptions,
+        logs: LogHub,
+        *,
+        on_ready: Callable[[int, int], None],
+        on_lost: Callable[[], None],
+    ) -> None:
+        self._options = options
+        self._logs = logs
+        self._logs_before = logs.taken
+        self._on_ready = on_ready
+        self._on_lost = on_lost
+        self._ended = anyio.Event()
+        self._gone = anyio.Event()
+        self._pump_scopes: list[anyio.CancelScope] = []
+        self._drained_by = math.inf
+        self._process: ServerProcess | None = None
+        self._code = 0
+        self._ready_since: float | None = None
+        self._ready_until = 0.0
+        self._was_hung = False
+        self._health_trouble = ""
+
+    async def live(self, binary: Path, command: Command) -> ServerExit:
+        """Spawn the server, see it through start-up and life, and tell how it ended.
+
+        :raises ServerStartError: if it did not become READY
+        """
+        deadline = anyio.current_time() + self._options.startup_timeout
+        try:
+            async with quiet_task_group() as tasks:
+                process = await tasks.start(self._own_process, binary, command, tasks)
+                port, failure = await self._start_up(process, deadline)
+                if port is not None:
+                    self._become_ready(process, port)
+                    tasks.start_soon(self._watch_health, process, port)
+                    await self._gone.wait()
+        finally:
+            if self._process is not None:
+                self._process.close()
+        # The pumps have come to their end: only now is all in the log that there is.
+        exit = self._exit()
+        if port is None:
+            raise ServerStartError(
+                self._explained(failure, exit), exit=exit, recent_logs=exit.recent_logs
+            )
+        return exit
+
+    def _become_ready(self, process: ServerProcess, port: int) -> None:
+        self._ready_since = anyio.current_time()
+        self._on_ready(process.pid, port)
+
+    # -- the process task ----------------------------------------------------------
+
+    async def _own_process(
+        self,
+        binary: Path,
+        command: Command,
+        tasks: TaskGroup,
+        *,
+        task_status: TaskStatus[ServerProcess],
+    ) -> None:
+        process = await ServerProcess.spawn(binary, command)
+        # No await until the try: from there on, its finally owns the process's end.
+        try:
+            self._process = process
+            tasks.start_soon(self._pump, process, process.stdout, "stdout")
+            tasks.start_soon(self._pump, process, process.stderr, "stderr")
+            task_status.started(process)
+            await process.wait_exit()
+            self._ended.set()
+            self._note_end()
+            self._on_lost()
+        finally:
+            self._note_end()
+            try:
+                self._code = await process.end(self._grace())
+            finally:
+                self._let_pumps_drain()
+                self._gone.set()
+
+    def _grace(self) -> float:
+        """A server that never was READY owes nothing to anybody: it is killed."""
+        return self._options.shutdown_timeout if self._ready_since is not None else 0.0
+
+    def _note_end(self) -> None:
+        self._ready_until = self._ready_until or anyio.current_time()
+
+    # -- the pumps -----------------------------------------------------------------
+
+    async def _pump(self, process: ServerProcess, fd: int, stream: Stream) -> None:
+        def take(line: bytes) -> None:
+            if not (stream == "stdout" and process.hear(line)):
+                self._logs.take(decode(line, stream))
+
+        scope = anyio.CancelScope(shield=True, deadline=self._drained_by)
+        self._pump_scopes.append(scope)
+        try:
+            with scope:
+                await pump(fd, take)
+        finally:
+            self._pump_scopes.remove(scope)
+
+    def _let_pumps_drain(self) -> None:
+        self._drained_by = anyio.current_time() + _DRAIN_TIMEOUT
+        for scope in self._pump_scopes:
+            scope.deadline = self._drained_by
+
+    # -- start-up ------------------------------------------------------------------
+
+    async def _start_up(
+        self, process: ServerProcess, deadline: float
+    ) -> tuple[int | None, str]:
+        """See the server become healthy; return its port, or None and why it did not.
+
+        Readiness, the end of the process and the deadline race: whichever comes first.
+        """
+        limit = anyio.CancelScope(deadline=deadline)
+        phase = "it could announce its port"
+        with limit:
+            async with quiet_task_group() as tasks:
+                tasks.start_soon(self._cancel_when_ended, limit)
+                port = await process.wait_port()
+                phase = f"it answered a health request on port {port}"
+                await self._wait_healthy(port)
+                return port, ""
+        if self._ended.is_set():
+            return None, f"ended before {phase}"
+        trouble = f" ({self._health_trouble})" if self._health_trouble else ""
+        timeout = self._options.startup_timeout
+        return (
+            None,
+            f"was given up after {timeout:g} s (startup_timeout), before {phase}{trouble}",
+        )
+
+    async def _cancel_when_ended(self, scope: anyio.CancelScope) -> None:
+        await self._ended.wait()
+        scope.cancel()
+
+    async def _wait_healthy(self, port: int) -> None:
+        transport = LoopbackTransport(port, max_connections=1)
+        try:
+            # Nothing tells us when a server that refuses now will not any more.
+            while not await self._is_healthy(transport):  # noqa: ASYNC110
+                await anyio.sleep(_FIRST_HEALTH_RETRY)
+        finally:
+            await transport.aclose()
+
+    async def _is_healthy(self, transport: Transport) -> bool:
+        try:
+            response = await transport.request("GET", wire.HEALTH)
+        except ConnectionLostError as exc:
+            self._health_trouble = str(exc)
+            return False
+        self._health_trouble = f"it answered {response.status}"
+        return response.status == 200
+
+    # -- health --------------------------------------------------------------------
+
+    async def _watch_health(self, process: ServerProcess, port: int) -> None:
+        """Kill the server when it is alive, but answers no health requests any more."""
+        options = self._options
+        transport = LoopbackTransport(port, max_connections=1)
+        failures = 0
+        try:
+            while failures < options.max_health_failures:
+                await anyio.sleep(options.health_interval)
+                healthy = False
+                with anyio.move_on_after(options.health_timeout):
+                    healthy = await self._is_healthy(transport)
+                failures = 0 if healthy else failures + 1
+        finally:
+            await transport.aclose()
+        self._was_hung = True
+        process.kill()
+
+    # -- the end -------------------------------------------------------------------
+
+    def _exit(self) -> ServerExit:
+        since = self._ready_since
+        return ServerExit(
+            code=self._code,
+            pid=self._process.pid if self._process else 0,
+            uptime=self._ready_until - since if since is not None else 0.0,
+            was_hung=self._was_hung,
+            recent_logs=tuple(self._logs.since(self._logs_before)[-_LAST_ENTRIES:]),
+        )
+
+    def _explained(self, failure: str, exit: ServerExit) -> str:
+        ended = f" It {exit}." if self._ended.is_set() else ""
+        return (
+            f"the Stepflow server {failure}.{ended}\n"
+            f"It was started with {self._options.describe_config()}.\n"
+            f"{last_words(exit.recent_logs)}"
+        )

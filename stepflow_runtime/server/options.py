@@ -1,0 +1,218 @@
+"""ServerOptions: all that ``StepflowRuntime.start`` takes, checked, and what follows.
+
+Contract: a value that cannot work is refused when the options are made, with the
+option's name, before anything is started. What the options mean for the process
+(arguments, environment, standard input) is computed here, without I/O.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from ..logs.config import LogConfig
+from .restart import RestartPolicy
+
+__all__ = ["Command", "ServerOptions"]
+
+DEFAULT_CONFIG: Final[Mapping[str, Any]] = {
+    "plugins": {"builtin": {"type": "builtin"}},
+    "routes": {"/builtin": [{"plugin": "builtin"}], "/": [{"plugin": "builtin"}]},
+}
+
+_PREFIX: Final = "STEPFLOW_"
+_LOOPBACK_HOSTS: Final = ("127.0.0.1", "localhost", "::1")
+_PROXY_VARIABLES: Final = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy")
+
+
+@dataclass(frozen=True)
+class Command:
+    """What to spawn.
+
+    :ivar argv: the arguments, without the binary
+    :ivar env: the whole environment
+    :ivar stdin: what the server reads from its standard input, or None for nothing
+    """
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str] = field(repr=False)
+    stdin: bytes | None = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """The options of one runtime; see :meth:`StepflowRuntime.start` for their meaning.
+
+    :raises ValueError: naming the option, if a value cannot work
+    :raises TypeError: naming the option, if it is of the wrong kind
+    """
+
+    config_path: str | os.PathLike[str] | Mapping[str, Any] | None = None
+    port: int | None = None
+    # Values of the environment and of the configuration can be secrets: never in a repr.
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    inherit_env: bool = True
+    log_config: LogConfig = field(default_factory=LogConfig)
+    restart_policy: RestartPolicy = RestartPolicy.NEVER
+    max_restarts: int = 3
+    startup_timeout: float = 30.0
+    shutdown_timeout: float = 5.0
+    health_interval: float = 5.0
+    health_timeout: float = 5.0
+    max_health_failures: int = 3
+    on_crash: Callable[[int], Any] | None = None
+    binary: str | os.PathLike[str] | None = None
+    _config_stdin: bytes | None = field(init=False, repr=False, default=None)
+
+    def __post_init__(self) -> None:
+        self._check_config()
+        if self.port is not None:
+            _check_whole("port", self.port, 0, 65535)
+        _check_env(self.env)
+        _check_kind("inherit_env", self.inherit_env, bool)
+        _check_kind("log_config", self.log_config, LogConfig)
+        _check_kind("restart_policy", self.restart_policy, RestartPolicy)
+        _check_whole("max_restarts", self.max_restarts, 0)
+        _check_seconds("startup_timeout", self.startup_timeout)
+        _check_seconds("shutdown_timeout", self.shutdown_timeout)
+        _check_seconds("health_interval", self.health_interval)
+        _check_seconds("health_timeout", self.health_timeout)
+        _check_whole("max_health_failures", self.max_health_failures, 1)
+        if self.on_crash is not None and not callable(self.on_crash):
+            raise TypeError(
+                f"on_crash must be a function or None, not {self.on_crash!r}"
+            )
+        if self.binary is not None:
+            _check_kind("binary", self.binary, (str, os.PathLike))
+
+    def command(
+        self, inherited: Mapping[str, str], *, port: int, orchestrator_id: str
+    ) -> Command:
+        """What to spawn, given the environment of this process.
+
+        :param port: 0 lets the server choose
+        """
+        return Command(
+            argv=self._argv(port, orchestrator_id),
+            env=self._environment(inherited),
+            stdin=None if self._is_set("CONFIG") else self._config_stdin,
+        )
+
+    def describe_config(self) -> str:
+        """Where the configuration comes from, for messages."""
+        if self.config_path is None:
+            return "the built-in configuration"
+        if isinstance(self.config_path, Mapping):
+            return "the configuration given as a mapping"
+        return f"the configuration file {Path(self.config_path).absolute()}"
+
+    def _argv(self, port: int, orchestrator_id: str) -> tuple[str, ...]:
+        flags = {
+            "PORT": ("--port", str(port)),
+            "ORCHESTRATOR_ID": ("--orchestrator-id", orchestrator_id),
+            "LOG_LEVEL": ("--log-level", self.log_config.level),
+            "LOG_DESTINATION": ("--log-destination", "stdout"),
+            "LOG_FORMAT": ("--log-format", "json"),
+            "CONFIG": self._config_flags(),
+        }
+        # A variable that the user set for the server by name has the say there.
+        return tuple(
+            word
+            for name, words in flags.items()
+            if not self._is_set(name)
+            for word in words
+        )
+
+    def _config_flags(self) -> tuple[str, ...]:
+        if self._config_stdin is not None:
+            return ("--config-stdin",)
+        assert isinstance(self.config_path, str | os.PathLike)
+        # Absolute, because the server takes the file's directory as written for its
+        # workers' working directory, and fails to spawn them in "".
+        return ("--config", str(Path(self.config_path).absolute()))
+
+    def _is_set(self, name: str) -> bool:
+        """True if ``env=`` sets a flag's variable and no option says otherwise."""
+        chosen = {"PORT": self.port, "CONFIG": self.config_path}
+        return _PREFIX + name in self.env and chosen.get(name) is None
+
+    def _environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
+        env: dict[str, str] = {}
+        if self.inherit_env:
+            # Every flag of the server also reads STEPFLOW_<FLAG>, and workers read more of
+            # them: what stands there by accident must not steer this server.
+            env.update(
+                (name, value)
+                for name, value in inherited.items()
+                if not name.upper().startswith(_PREFIX)
+            )
+            _except_loopback_from_proxies(env)
+        env.update(self.env)
+        return env
+
+    def _check_config(self) -> None:
+        config = DEFAULT_CONFIG if self.config_path is None else self.config_path
+        if isinstance(config, Mapping):
+            try:
+                encoded = json.dumps(dict(config), allow_nan=False).encode()
+            except (TypeError, ValueError, RecursionError) as exc:
+                raise ValueError(
+                    f"config_path: this mapping cannot be written as JSON: {exc}"
+                ) from exc
+            object.__setattr__(self, "_config_stdin", encoded)
+        elif not isinstance(config, str | os.PathLike):
+            raise TypeError(
+                "config_path must be the path of a configuration file, a mapping or None, "
+                f"not {type(config).__name__}"
+            )
+
+
+def _except_loopback_from_proxies(env: dict[str, str]) -> None:
+    """Keep the workers' calls to our server from going through a proxy.
+
+    gRPC reads the proxy variables, and sends even calls to 127.0.0.1 to the proxy.
+    """
+    if not any(name in env or name.upper() in env for name in _PROXY_VARIABLES):
+        return
+    exceptions = env.get("no_proxy") or env.get("NO_PROXY") or ""
+    hosts = [host.strip() for host in exceptions.split(",") if host.strip()]
+    hosts += [host for host in _LOOPBACK_HOSTS if host not in hosts]
+    env["no_proxy"] = env["NO_PROXY"] = ",".join(hosts)
+
+
+def _check_env(env: object) -> None:
+    if not isinstance(env, Mapping):
+        raise TypeError(f"env must be a mapping of strings, not {type(env).__name__}")
+    for name, value in env.items():
+        if not (isinstance(name, str) and isinstance(value, str)):
+            raise TypeError(f"env must map strings to strings; {name!r} does not")
+        if not name or "=" in name or "\0" in name or "\0" in value:
+            # The value is not shown: it may be a secret.
+            raise ValueError(f"env: {name!r} cannot be set in an environment")
+
+
+def _check_kind(name: str, value: object, kind: type | tuple[type, ...]) -> None:
+    if not isinstance(value, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        wanted = " or ".join(each.__name__ for each in kinds)
+        raise TypeError(f"{name} must be of type {wanted}, not {type(value).__name__}")
+
+
+def _check_whole(name: str, value: object, least: int, most: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, not {value!r}")
+    if not least <= value <= most:
+        upto = f"from {least} to {most}" if most < math.inf else f"{least} or more"
+        raise ValueError(f"{name} must be {upto}, not {value}")
+
+
+def _check_seconds(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number of seconds, not {value!r}")
+    if not value > 0 or math.isnan(value):
+        raise ValueError(f"{name} must be more than 0 seconds, not {value}")

@@ -1,0 +1,68 @@
+"""What differs by operating system, a file each, behind one signature.
+
+``spawn(binary, command)`` starts a process in a session of its own and returns a
+:class:`Child`. POSIX only, for now: elsewhere ``spawn`` says so.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Protocol
+
+from ..options import Command
+
+__all__ = ["Child", "spawn"]
+
+
+class Child(Protocol):
+    """A spawned process and its session.
+
+    Nothing here blocks but :meth:`sweep`, which is for a worker thread.
+    """
+
+    pid: int
+    stdout: int
+    """The reading end of its standard output: a non-blocking descriptor."""
+    stderr: int
+
+    async def wait_exit(self) -> None:
+        """Wait until it has ended. It is not reaped, so its pid is still its own."""
+        ...
+
+    def terminate(self) -> None:
+        """Ask it to end (SIGTERM); nothing happens if it has ended."""
+        ...
+
+    def kill(self) -> None:
+        """End it (SIGKILL), and it alone."""
+        ...
+
+    def sweep(self, *, spare_leader: bool, timeout: float) -> int:
+        """Kill the session's processes; return how many are left after ``timeout``.
+
+        Blocks, for ``timeout`` seconds at most. Must not be called after :meth:`reap`.
+
+        :param spare_leader: leave the process itself alone, and kill the others
+        """
+        ...
+
+    def reap(self) -> int | None:
+        """Return its exit code (negative: the signal), or None if it has not ended."""
+        ...
+
+    def close(self) -> None:
+        """Close every descriptor."""
+        ...
+
+
+if sys.platform == "win32":
+
+    def spawn(binary: Path, command: Command) -> Child:
+        raise OSError(
+            "stepflow-runtime cannot care for a server on Windows yet; use a Stepflow "
+            "server elsewhere"
+        )
+
+else:
+    from .posix import spawn

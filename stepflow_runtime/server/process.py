@@ -1,0 +1,244 @@
+"""One process of the server: spawn, hear its port, stop, sweep its session, reap.
+
+Contract: whoever spawned a :class:`ServerProcess` calls :meth:`ServerProcess.end`, which
+is bounded in time and leaves nothing of the session; and then :meth:`~ServerProcess.close`.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+import signal
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import anyio
+import anyio.to_thread
+import msgspec
+
+from ..errors import ServerStartError
+from ..logs.entry import LogEntry
+from .options import Command
+from .platform import Child, spawn
+
+__all__ = ["ServerExit", "ServerProcess"]
+
+logger: Final = logging.getLogger("stepflow_runtime")
+
+# A SIGTERM that arrives while the server is still putting its signal handling together
+# is lost (seen once in some 200 stops right after the port line): so it is repeated.
+_REPEAT_SIGTERM: Final = 0.5
+
+# The server waits for its workers' open streams, for ever, and an idle worker does not
+# react to SIGTERM. This long they may go on finishing; then they are killed, and the
+# server, free of them, ends in good order.
+_WORKERS_GRACE: Final = 0.5
+
+# After SIGKILL the kernel needs milliseconds. A process in uninterruptible sleep (a dead
+# network file system) can take for ever, and must not take us along.
+_KILL_TIMEOUT: Final = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerExit:
+    """How a process of the server ended.
+
+    :ivar code: its exit code; negative: the number of the signal that killed it
+    :ivar pid: the process id it had
+    :ivar uptime: for how many seconds it was READY; 0 if it never was
+    :ivar was_hung: True if it answered no health requests any more, and so we killed it
+    :ivar recent_logs: its last log entries, the newest last
+    """
+
+    code: int
+    pid: int
+    uptime: float = 0.0
+    was_hung: bool = False
+    recent_logs: Sequence[LogEntry] = ()
+
+    @property
+    def signal(self) -> str | None:
+        """The name of the signal that killed it (``"SIGKILL"``), or None."""
+        if self.code >= 0:
+            return None
+        try:
+            return signal.Signals(-self.code).name
+        except ValueError:
+            return f"signal {-self.code}"
+
+    def __str__(self) -> str:
+        if self.was_hung:
+            return "answered no health requests any more and was killed"
+        if self.signal is not None:
+            return f"was killed by {self.signal}"
+        return f"exited with code {self.code}"
+
+
+class _Announcement(msgspec.Struct, forbid_unknown_fields=True):
+    port: int
+
+
+_decode_announcement = msgspec.json.Decoder(_Announcement).decode
+
+
+class ServerProcess:
+    def __init__(self, child: Child) -> None:
+        self._child = child
+        self.pid = child.pid
+        self.stdout = child.stdout
+        self.stderr = child.stderr
+        self.announced_port: int | None = None
+        self._announced = anyio.Event()
+
+    @classmethod
+    async def spawn(cls, binary: Path, command: Command) -> ServerProcess:
+        """Start the server. Cancellation waits for the spawn, then takes effect later.
+
+        The caller must own the process at once: no ``await`` may come between this one
+        and the ``try`` whose ``finally`` calls :meth:`end`.
+
+        :raises ServerStartError: if the binary cannot be executed
+        """
+        handover = _Handover()
+        try:
+            # A thread, since a fork and exec takes milliseconds; and since the loopback
+            # filter will be a thread's.
+            return cls(await anyio.to_thread.run_sync(handover.spawn, binary, command))
+        except OSError as exc:
+            raise ServerStartError(_why_not_executed(binary, exc)) from exc
+        except BaseException:
+            # asyncio's own cancellation does not wait for the thread, as anyio's does.
+            handover.abandon()
+            raise
+
+    def hear(self, line: bytes) -> bool:
+        """Take a line of standard output; True if it was the announcement of the port."""
+        if self.announced_port is not None or not line.startswith(b'{"port"'):
+            return False
+        try:
+            self.announced_port = _decode_announcement(line).port
+        except msgspec.DecodeError:
+            return False
+        self._announced.set()
+        return True
+
+    async def wait_port(self) -> int:
+        """Wait until the server has announced its port."""
+        await self._announced.wait()
+        assert self.announced_port is not None
+        return self.announced_port
+
+    async def wait_exit(self) -> None:
+        """Wait until the process has ended."""
+        await self._child.wait_exit()
+
+    def kill(self) -> None:
+        """Kill the process, and it alone; :meth:`end` does the rest."""
+        self._child.kill()
+
+    async def end(self, grace: float) -> int:
+        """End the process and its whole session, and return the exit code.
+
+        Asks first, and waits for ``grace`` seconds at most; with 0 it does not ask.
+        Bounded, in all, by ``grace`` and some seconds that only a process that the kernel
+        cannot kill would use. Runs to its end although the caller is cancelled.
+        """
+        try:
+            with anyio.CancelScope(shield=True):
+                with anyio.move_on_after(grace):
+                    await self._end_gracefully(grace)
+                await self._sweep(spare_leader=False, timeout=_KILL_TIMEOUT)
+                with anyio.move_on_after(_KILL_TIMEOUT):
+                    await self.wait_exit()
+        finally:
+            # Only a cancellation that no shield stops (asyncio's own) leaves work here.
+            code = self._child.reap()
+            if code is None:
+                code = _kill_at_once(self._child)
+        if code is None:
+            logger.error("the server's process %d could not be killed", self.pid)
+            return -int(getattr(signal, "SIGKILL", 9))
+        return code
+
+    def close(self) -> None:
+        """Close the pipes and whatever else stands for the process."""
+        self._child.close()
+
+    async def _end_gracefully(self, grace: float) -> None:
+        workers_until = anyio.current_time() + min(_WORKERS_GRACE, grace / 2)
+        while True:
+            self._child.terminate()
+            with anyio.move_on_after(_REPEAT_SIGTERM) as patience:
+                patience.deadline = min(patience.deadline, workers_until)
+                await self.wait_exit()
+                return
+            if anyio.current_time() >= workers_until:
+                await self._sweep(spare_leader=True, timeout=_REPEAT_SIGTERM)
+                workers_until = math.inf
+
+    async def _sweep(self, *, spare_leader: bool, timeout: float) -> None:
+        left = await anyio.to_thread.run_sync(
+            lambda: self._child.sweep(spare_leader=spare_leader, timeout=timeout)
+        )
+        if left:
+            logger.error(
+                "%d processes of the server's session %d could not be killed",
+                left,
+                self.pid,
+            )
+
+
+class _Handover:
+    """Sees to it that a spawned child has an owner, whichever side goes away first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._child: Child | None = None
+        self._abandoned = False
+
+    def spawn(self, binary: Path, command: Command) -> Child:
+        child = spawn(binary, command)
+        with self._lock:
+            self._child = child
+            abandoned = self._abandoned
+        if abandoned:
+            _discard(child)
+        return child
+
+    def abandon(self) -> None:
+        with self._lock:
+            self._abandoned = True
+            child = self._child
+        if child is not None:
+            _discard(child)
+
+
+def _discard(child: Child) -> None:
+    _kill_at_once(child)
+    child.close()
+
+
+def _kill_at_once(child: Child) -> int | None:
+    """The way without an event loop. Blocks for the milliseconds that a kill takes."""
+    child.sweep(spare_leader=False, timeout=_KILL_TIMEOUT)
+    return child.reap()
+
+
+def _why_not_executed(binary: Path, exc: OSError) -> str:
+    if exc.errno == errno.ENOEXEC:
+        return (
+            f"{binary} is not a program for this platform ({exc.strerror}). Install the "
+            "wheel of stepflow-orchestrator for this platform, or name another binary with "
+            "binary= or STEPFLOW_SERVER_BINARY."
+        )
+    if exc.errno == errno.ENOENT:
+        return (
+            f"{binary} cannot be executed: it, or the loader that it was linked for, does "
+            "not exist here (a binary for another C library?). Name another binary with "
+            "binary= or STEPFLOW_SERVER_BINARY."
+        )
+    return f"{binary} cannot be executed: {exc}"
