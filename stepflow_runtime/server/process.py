@@ -147,18 +147,20 @@ class ServerProcess:
         Bounded, in all, by ``grace`` and some seconds that only a process that the kernel
         cannot kill would use. Runs to its end although the caller is cancelled.
         """
-        try:
-            with anyio.CancelScope(shield=True):
-                with anyio.move_on_after(grace):
-                    await self._end_gracefully(grace)
-                await self._sweep(spare_leader=False, timeout=_KILL_TIMEOUT)
-                with anyio.move_on_after(_KILL_TIMEOUT):
-                    await self.wait_exit()
-        finally:
-            # Only a cancellation that no shield stops (asyncio's own) leaves work here.
-            code = self._child.reap()
-            if code is None:
-                code = _kill_at_once(self._child)
+        ask_until = anyio.current_time() + grace
+        interruption: BaseException | None = None
+        while True:
+            try:
+                with anyio.CancelScope(shield=True):
+                    await self._end(ask_until)
+                break
+            except anyio.get_cancelled_exc_class() as exc:
+                # No shield stops asyncio's own cancellation, and a program in a hurry
+                # cancels every task there is. Begin again: each step can be repeated.
+                interruption = exc
+        code = self._child.reap()
+        if interruption is not None:
+            raise interruption
         if code is None:
             logger.error("the server's process %d could not be killed", self.pid)
             return -int(getattr(signal, "SIGKILL", 9))
@@ -168,12 +170,22 @@ class ServerProcess:
         """Close the pipes and whatever else stands for the process."""
         self._child.close()
 
-    async def _end_gracefully(self, grace: float) -> None:
-        workers_until = anyio.current_time() + min(_WORKERS_GRACE, grace / 2)
+    async def _end(self, ask_until: float) -> None:
+        with anyio.CancelScope(deadline=ask_until):
+            await self._ask_to_end(ask_until)
+        await self._sweep(spare_leader=False, timeout=_KILL_TIMEOUT)
+        with anyio.move_on_after(_KILL_TIMEOUT):
+            await self.wait_exit()
+
+    async def _ask_to_end(self, ask_until: float) -> None:
+        now = anyio.current_time()
+        workers_until = min(now + _WORKERS_GRACE, (now + ask_until) / 2)
         while True:
             self._child.terminate()
-            with anyio.move_on_after(_REPEAT_SIGTERM) as patience:
-                patience.deadline = min(patience.deadline, workers_until)
+            with anyio.CancelScope(
+                deadline=anyio.current_time() + _REPEAT_SIGTERM
+            ) as turn:
+                turn.deadline = min(turn.deadline, workers_until)
                 await self.wait_exit()
                 return
             if anyio.current_time() >= workers_until:
@@ -214,18 +226,15 @@ class _Handover:
             self._abandoned = True
             child = self._child
         if child is not None:
-            _discard(child)
+            # Not here: it blocks. Not a task: that could be cancelled like this one.
+            threading.Thread(target=_discard, args=(child,)).start()
 
 
 def _discard(child: Child) -> None:
-    _kill_at_once(child)
-    child.close()
-
-
-def _kill_at_once(child: Child) -> int | None:
-    """The way without an event loop. Blocks for the milliseconds that a kill takes."""
+    """End a child that nobody owns. Blocks for the milliseconds that a kill takes."""
     child.sweep(spare_leader=False, timeout=_KILL_TIMEOUT)
-    return child.reap()
+    child.reap()
+    child.close()
 
 
 def _why_not_executed(binary: Path, exc: OSError) -> str:

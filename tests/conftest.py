@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import gc
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import uvloop
+from blockbuster import BlockBuster, blockbuster_ctx
+
+import stepflow_runtime
+from stepflow_runtime.server.binary import find_binary
+
+EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
+
+ECHO = {
+    "name": "echo",
+    "description": "Returns its input",
+    "steps": [{"id": "a", "component": "/noop", "input": {"$input": "$"}}],
+    "output": {"$step": "a"},
+}
+SLEEP = {
+    "name": "sleep",
+    "description": "Sleeps for as many milliseconds as its input says",
+    "steps": [
+        {"id": "a", "component": "/sleep", "input": {"duration_ms": {"$input": "$"}}}
+    ],
+    "output": {"$step": "a"},
+}
+
+
+def _eager_loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    loop.set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined, unused-ignore]
+    return loop
+
+
+ASYNCIO = pytest.param(("asyncio", {}), id="asyncio")
+TRIO = pytest.param(("trio", {}), id="trio")
+FLAVOURS = [
+    ASYNCIO,
+    pytest.param(("asyncio", {"use_uvloop": True}), id="asyncio+uvloop"),
+    pytest.param(
+        ("asyncio", {"loop_factory": _eager_loop}),
+        id="asyncio+eager",
+        marks=pytest.mark.skipif(
+            sys.version_info < (3, 12), reason="eager tasks came with Python 3.12"
+        ),
+    ),
+    TRIO,
+]
+# For tests whose promise does not depend on the flavour of the loop, and that take long.
+each_backend = pytest.mark.parametrize("anyio_backend", [ASYNCIO, TRIO])
+
+
+@pytest.fixture(params=FLAVOURS)
+def anyio_backend(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def blockbuster() -> Iterator[BlockBuster]:
+    """A blocking call of ours in async code fails the test."""
+    with blockbuster_ctx(
+        scanned_modules=[stepflow_runtime], excluded_modules=["logging"]
+    ) as blocking:
+        yield blocking
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _prepared_process() -> None:
+    """Make orphans our children, so that a worker whose server is gone is still seen.
+
+    And let libuv open the pipe that it keeps for ever once a loop has run.
+    """
+    pr_set_child_subreaper = 36
+    ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
+    loop = uvloop.new_event_loop()
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+
+
+def processes_left() -> list[str]:
+    left = []
+    for child in psutil.Process().children(recursive=True):
+        try:
+            if child.status() == psutil.STATUS_ZOMBIE and child.ppid() == os.getpid():
+                os.waitpid(child.pid, os.WNOHANG)  # an orphan that we adopted
+            else:
+                left.append(f"{child.pid} {child.status()} {child.cmdline()}")
+        except (psutil.Error, ChildProcessError):
+            continue
+    return left
+
+
+def open_descriptors() -> dict[int, str]:
+    descriptors = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            descriptors[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+        except OSError:
+            continue  # the listing's own
+    return descriptors
+
+
+@pytest.fixture(autouse=True)
+def _leave_nothing_behind(_prepared_process: None) -> Iterator[None]:
+    """After each test: no process and no descriptor that was not there before."""
+    before = open_descriptors()
+    yield
+    gc.collect()
+    assert processes_left() == []
+    after = open_descriptors()
+    assert {fd: what for fd, what in after.items() if before.get(fd) != what} == {}
+
+
+@pytest.fixture
+def fake_server(tmp_path: Path) -> Callable[[str], Path]:
+    """Makes a shell script that stands in for the server binary."""
+
+    def make(script: str) -> Path:
+        path = tmp_path / "fake-server"
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def real_binary() -> Path:
+    return find_binary(None, {})
+
+
+@pytest.fixture
+def worker_env() -> dict[str, str]:
+    """An environment in which ``python3`` is the interpreter that runs the tests."""
+    return {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
