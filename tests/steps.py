@@ -7,7 +7,7 @@ a cancellation at every checkpoint that a piece of code, with all its tasks, pas
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -99,14 +99,14 @@ def cancelling_at_step(
     else:
         loop = asyncio.get_running_loop()
         before = loop.get_task_factory()
-        loop.set_task_factory(_counting_factory(counter))  # type: ignore[arg-type]
+        loop.set_task_factory(_counting_factory(counter))
         try:
             yield counter
         finally:
             loop.set_task_factory(before)
 
 
-async def in_a_task(function: Callable[[], Awaitable[None]]) -> None:
+async def in_a_task(function: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Await ``function()`` in a task of its own, so that its steps count too."""
     import anyio
 

@@ -59,8 +59,8 @@ async def test_a_flow_file_that_changes_is_read_again(tmp_path: Path) -> None:
 
 
 async def test_a_failed_flow_is_a_result_and_unwrap_raises() -> None:
-    flow = {"steps": [{"id": "a", "component": "/noop", "input": {"$variable": "v"}}]}
-    flow = {**flow, "output": {"$step": "a"}}
+    step = {"id": "a", "component": "/noop", "input": {"$variable": "v"}}
+    flow = {"steps": [step], "output": {"$step": "a"}}
     async with StepflowRuntime.start() as runtime:
         result = await runtime.run(flow)
     assert result.is_failed and not result.is_success
@@ -119,17 +119,16 @@ async def test_a_run_that_outlasts_the_servers_patience_is_waited_for(
         return request(*args, **kwargs)[:-1] + b',"timeoutSecs":0}'
 
     def counted(body: bytes) -> wire.RunDetails:
-        nonlocal waits
-        waits += 1
+        waits.append(body)
         return decode(body)
 
-    waits = 0
+    waits: list[bytes] = []
     request, decode = wire.run_request, wire.decode_run_details
     monkeypatch.setattr(wire, "run_request", impatient)
     monkeypatch.setattr(wire, "decode_run_details", counted)
     async with StepflowRuntime.start() as runtime:
         assert (await runtime.run(SLEEP, 300)).unwrap() == {"duration_ms": 300}
-    assert waits == 1
+    assert len(waits) == 1
 
 
 @each_backend
@@ -162,19 +161,20 @@ async def test_the_default_configuration_has_both_names_of_a_component(
 
 async def test_the_handle_tells_where_the_server_is_and_how_it_fares() -> None:
     runtime = StepflowRuntime.start()
-    assert runtime.state is RuntimeState.NEW
+    states = [runtime.state]
     assert repr(runtime) == "<StepflowRuntime new>"
     with pytest.raises(RuntimeStoppedError, match="not started"):
         _ = runtime.url
     async with runtime:
-        assert runtime.state is RuntimeState.READY
+        states.append(runtime.state)
         assert runtime.url == f"http://127.0.0.1:{runtime.port}"
         assert repr(runtime) == f"<StepflowRuntime ready at {runtime.url}>"
         assert runtime.pid is not None
         os.kill(runtime.pid, 0)
         assert (runtime.restarts, runtime.last_exit) == (0, None)
         assert isinstance(runtime, StepflowExecutor)
-    assert runtime.state is RuntimeState.STOPPED
+    states.append(runtime.state)
+    assert states == [RuntimeState.NEW, RuntimeState.READY, RuntimeState.STOPPED]
     assert runtime.pid is None
 
 

@@ -11,9 +11,9 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from ..logs.config import LogConfig
 from .restart import RestartPolicy
@@ -90,6 +90,16 @@ class ServerOptions:
         if self.binary is not None:
             _check_kind("binary", self.binary, (str, os.PathLike))
 
+    def anchored(self) -> Self:
+        """A copy in which the configuration's path is absolute.
+
+        The server takes the file's directory as written for its workers' working
+        directory, and fails to spawn them in "". Asks for this process's own one.
+        """
+        if self.config_path is None or isinstance(self.config_path, Mapping):
+            return self
+        return replace(self, config_path=Path(self.config_path).absolute())
+
     def command(
         self, inherited: Mapping[str, str], *, port: int, orchestrator_id: str
     ) -> Command:
@@ -105,11 +115,13 @@ class ServerOptions:
 
     def describe_config(self) -> str:
         """Where the configuration comes from, for messages."""
+        if self._is_set("CONFIG"):
+            return "the configuration file named by STEPFLOW_CONFIG in env="
         if self.config_path is None:
             return "the built-in configuration"
         if isinstance(self.config_path, Mapping):
             return "the configuration given as a mapping"
-        return f"the configuration file {Path(self.config_path).absolute()}"
+        return f"the configuration file {self.config_path}"
 
     def _argv(self, port: int, orchestrator_id: str) -> tuple[str, ...]:
         flags = {
@@ -131,10 +143,7 @@ class ServerOptions:
     def _config_flags(self) -> tuple[str, ...]:
         if self._config_stdin is not None:
             return ("--config-stdin",)
-        assert isinstance(self.config_path, str | os.PathLike)
-        # Absolute, because the server takes the file's directory as written for its
-        # workers' working directory, and fails to spawn them in "".
-        return ("--config", str(Path(self.config_path).absolute()))
+        return ("--config", str(self.config_path))
 
     def _is_set(self, name: str) -> bool:
         """True if ``env=`` sets a flag's variable and no option says otherwise."""

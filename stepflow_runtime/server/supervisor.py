@@ -163,7 +163,7 @@ class Supervisor:
 
     async def _supervise(self, tasks: TaskGroup) -> None:
         try:
-            binary = await anyio.to_thread.run_sync(self._find_binary)
+            binary = await anyio.to_thread.run_sync(self._prepare)
             exit = await self._incarnate(binary)
             series = 0
             while True:
@@ -189,7 +189,9 @@ class Supervisor:
             message, exited, logs = str(exc), exc.exit, exc.recent_logs
             self._fail(partial(type(exc), message, exit=exited, recent_logs=logs))
 
-    def _find_binary(self) -> Path:
+    def _prepare(self) -> Path:
+        """What has to ask the file system, for a thread; return the binary's path."""
+        self._options = self._options.anchored()
         binary = self._options.binary
         return find_binary(None if binary is None else Path(binary), os.environ)
 

@@ -1,0 +1,295 @@
+"""The server's life under a supervisor: in a nursery, through crashes, hung, restarted."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import psutil
+import pytest
+
+from stepflow_runtime import (
+    RestartPolicy,
+    RunLostError,
+    RuntimeState,
+    RuntimeStoppedError,
+    ServerCrashedError,
+    ServerStartError,
+    StepflowRuntime,
+)
+
+from .conftest import ECHO, SLEEP, each_backend, processes_left
+
+pytestmark = pytest.mark.anyio
+
+
+def kill_server(runtime: StepflowRuntime, number: int = signal.SIGKILL) -> None:
+    assert runtime.pid is not None
+    os.kill(runtime.pid, number)
+
+
+async def wait_state(runtime: StepflowRuntime, state: RuntimeState) -> None:
+    with anyio.fail_after(10):
+        while runtime.state is not state:  # noqa: ASYNC110 - no such event, yet
+            await anyio.sleep(0.005)
+
+
+# -- in a task group of the user's own -------------------------------------------------
+
+
+async def test_serve_starts_in_a_task_group_and_ends_with_it() -> None:
+    async with anyio.create_task_group() as tasks:
+        runtime = await tasks.start(StepflowRuntime.start().serve)
+        assert isinstance(runtime, StepflowRuntime)
+        assert (await runtime.run(ECHO, 1)).output == 1
+        tasks.cancel_scope.cancel()
+    assert runtime.state is RuntimeState.STOPPED
+    assert processes_left() == []
+
+
+async def test_a_server_lost_for_good_ends_the_task_group_around_serve() -> None:
+    with pytest.raises(ExceptionGroup) as caught:
+        async with anyio.create_task_group() as tasks:
+            runtime = await tasks.start(StepflowRuntime.start().serve)
+            kill_server(runtime)
+            await anyio.sleep_forever()
+    (error,) = caught.value.exceptions
+    assert isinstance(error, ServerCrashedError)
+    assert error.exit.signal == "SIGKILL"
+
+
+@each_backend
+async def test_serve_that_cannot_start_raises_why() -> None:
+    async with anyio.create_task_group() as tasks:
+        with pytest.raises(ServerStartError, match="Failed to read config file"):
+            await tasks.start(StepflowRuntime.start("/nope.yml").serve)
+
+
+@each_backend
+async def test_two_runtimes_in_one_task_group_are_apart() -> None:
+    async with anyio.create_task_group() as tasks:
+        first = await tasks.start(StepflowRuntime.start().serve)
+        second = await tasks.start(StepflowRuntime.start().serve)
+        assert first.port != second.port
+        assert (await first.run(ECHO, 1)).output == 1
+        assert (await second.run(ECHO, 2)).output == 2
+        tasks.cancel_scope.cancel()
+
+
+# -- crashes, with the policy NEVER ----------------------------------------------------
+
+
+async def test_a_call_under_way_when_the_server_dies_says_so() -> None:
+    async with StepflowRuntime.start() as runtime, anyio.create_task_group() as tasks:
+
+        async def run() -> None:
+            with pytest.raises(
+                ServerCrashedError, match="was killed by SIGKILL"
+            ) as caught:
+                await runtime.run(SLEEP, 30_000)
+            assert caught.value.exit.code == -signal.SIGKILL
+
+        for _ in range(5):
+            tasks.start_soon(run)
+        await anyio.sleep(0.1)
+        kill_server(runtime)
+
+
+async def test_so_does_every_call_after_it_and_the_body_goes_on() -> None:
+    async with StepflowRuntime.start() as runtime:
+        await runtime.run(ECHO)
+        kill_server(runtime)
+        for _ in range(3):
+            with pytest.raises(ServerCrashedError, match="the restart policy is NEVER"):
+                await runtime.run(ECHO, 1)
+        with pytest.raises(ServerCrashedError):
+            await runtime.wait_ready()
+        assert runtime.state is RuntimeState.FAILED
+        assert runtime.last_exit is not None
+        assert runtime.last_exit.signal == "SIGKILL"
+        assert runtime.last_exit.uptime > 0
+        assert runtime.last_exit.recent_logs
+    assert runtime.state is RuntimeState.FAILED
+
+
+@each_backend
+async def test_a_call_under_way_when_the_runtime_stops_says_so() -> None:
+    async with anyio.create_task_group() as tasks:
+
+        async def run() -> None:
+            with pytest.raises(RuntimeStoppedError):
+                await runtime.run(SLEEP, 30_000)
+
+        async with StepflowRuntime.start() as runtime:
+            tasks.start_soon(run)
+            await anyio.sleep(0.1)
+
+
+@pytest.mark.parametrize("style", ["sync", "async", "sync raising", "async raising"])
+@each_backend
+async def test_on_crash_is_told_the_exit_code(
+    style: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    codes: list[int] = []
+
+    def on_crash(code: int) -> None:
+        codes.append(code)
+        if "raising" in style:
+            raise ValueError("of the user's function")
+
+    async def on_crash_async(code: int) -> None:
+        on_crash(code)
+
+    callback: Callable[[int], Any] = on_crash if style[0] == "s" else on_crash_async
+    async with StepflowRuntime.start(on_crash=callback) as runtime:
+        kill_server(runtime, signal.SIGTERM)
+        await wait_state(runtime, RuntimeState.FAILED)
+        with anyio.fail_after(5):
+            while not codes:  # noqa: ASYNC110 - a thread's doing
+                await anyio.sleep(0.01)
+    assert codes == [0]  # the server takes SIGTERM as a wish, and ends in good order
+    logged = [r for r in caplog.records if r.getMessage() == "on_crash raised"]
+    assert len(logged) == ("raising" in style)
+
+
+@each_backend
+async def test_on_crash_is_not_told_of_a_stop() -> None:
+    codes: list[int] = []
+    async with StepflowRuntime.start(on_crash=codes.append):
+        pass
+    assert codes == []
+
+
+# -- restarts --------------------------------------------------------------------------
+
+
+async def test_a_crashed_server_comes_back_on_the_same_port() -> None:
+    async with StepflowRuntime.start(
+        restart_policy=RestartPolicy.ON_FAILURE, max_restarts=3
+    ) as runtime:
+        port, pid = runtime.port, runtime.pid
+        await runtime.run(ECHO, 1)
+        kill_server(runtime)
+        await wait_state(runtime, RuntimeState.RESTARTING)
+        # The call waits for the new server, and stores the flow there anew.
+        assert (await runtime.run(ECHO, 2)).output == 2
+        assert runtime.port == port
+        assert runtime.pid != pid
+        assert runtime.restarts == 1
+
+
+@each_backend
+async def test_a_run_that_died_with_the_store_is_lost() -> None:
+    async with (
+        StepflowRuntime.start(restart_policy=RestartPolicy.ALWAYS) as runtime,
+        anyio.create_task_group() as tasks,
+    ):
+
+        async def run() -> None:
+            with pytest.raises(RunLostError, match="in-memory store died with it"):
+                await runtime.run(SLEEP, 30_000)
+
+        tasks.start_soon(run)
+        await anyio.sleep(0.1)
+        kill_server(runtime)
+        await wait_state(runtime, RuntimeState.RESTARTING)
+        assert (await runtime.run(ECHO, 1)).output == 1
+
+
+@each_backend
+async def test_a_server_that_keeps_crashing_is_given_up() -> None:
+    async with StepflowRuntime.start(
+        restart_policy=RestartPolicy.ALWAYS, max_restarts=2
+    ) as runtime:
+        for _ in range(3):
+            await runtime.wait_ready()
+            kill_server(runtime)
+            await wait_state_left(runtime)
+        with pytest.raises(ServerCrashedError, match="restarted 2 times already"):
+            await runtime.run(ECHO)
+        assert runtime.restarts == 2
+
+
+async def wait_state_left(runtime: StepflowRuntime) -> None:
+    with anyio.fail_after(10):
+        while runtime.state is RuntimeState.READY:  # noqa: ASYNC110
+            await anyio.sleep(0.005)
+
+
+@each_backend
+async def test_a_restart_that_fails_to_launch_counts_and_is_repeated(
+    fake_server: Callable[[str], Any], real_binary: Any, tmp_path: Any
+) -> None:
+    """The second launch fails, the third works."""
+    script = fake_server(
+        f"echo x >> {tmp_path}/starts\n"
+        f'[ $(wc -l < {tmp_path}/starts) = 2 ] && {{ echo "no luck" >&2; exit 9; }}\n'
+        f'exec {real_binary} "$@"'
+    )
+    async with StepflowRuntime.start(
+        binary=script, restart_policy=RestartPolicy.ON_FAILURE
+    ) as runtime:
+        kill_server(runtime)
+        await wait_state_left(runtime)
+        assert (await runtime.run(ECHO, 1)).output == 1
+        assert runtime.restarts == 2
+        assert runtime.last_exit is not None
+        assert runtime.last_exit.code == 9
+
+
+@each_backend
+async def test_a_server_that_hangs_is_killed_and_counts_as_crashed() -> None:
+    async with StepflowRuntime.start(
+        health_interval=0.05, health_timeout=0.2, max_health_failures=2
+    ) as runtime:
+        await anyio.sleep(0.3)  # health requests that succeed do no harm
+        assert runtime.state is RuntimeState.READY
+        assert runtime.pid is not None
+        psutil.Process(runtime.pid).suspend()
+        with pytest.raises(ServerCrashedError, match="answered no health requests"):
+            await runtime.run(ECHO)
+        assert runtime.last_exit is not None and runtime.last_exit.was_hung
+
+
+@each_backend
+async def test_stopping_while_a_restart_waits_is_prompt() -> None:
+    async with StepflowRuntime.start(
+        restart_policy=RestartPolicy.ALWAYS, max_restarts=100
+    ) as runtime:
+        for _ in range(3):
+            await runtime.wait_ready()
+            kill_server(runtime)
+            await wait_state_left(runtime)
+        await wait_state(runtime, RuntimeState.RESTARTING)
+    assert runtime.state is RuntimeState.STOPPED
+
+
+# -- a logger of the user's that raises ------------------------------------------------
+
+
+@each_backend
+async def test_a_log_handler_that_raises_is_reported_once_and_disturbs_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Broken(logging.Handler):
+        def handle(self, record: logging.LogRecord) -> bool:
+            raise OSError("disk full")
+
+    logger = logging.getLogger("stepflow.server")
+    handler = Broken()
+    caplog.set_level("INFO", logger.name)
+    logger.addHandler(handler)
+    try:
+        async with StepflowRuntime.start() as runtime:
+            for number in range(100):
+                assert (await runtime.run(ECHO, number)).output == number
+    finally:
+        logger.removeHandler(handler)
+    reports = [r for r in caplog.records if r.name == "stepflow_runtime"]
+    assert len(reports) == 1
+    assert "stepflow.server" in reports[0].getMessage()
+    assert len(runtime.get_recent_logs(5000)) > 500
