@@ -222,7 +222,7 @@ def flow_result(summary: _Summary, item: _Item | None) -> FlowResult:
 
 
 def _flow_error(status: int, item: _Item | None) -> FlowError:
-    if item is not None and item.error_message is not None:
+    if item is not None and item.error_message:
         return FlowError(_error_code(item.error_code), item.error_message)
     if status == CANCELLED:
         return FlowError("CANCELLED", "the run was cancelled")

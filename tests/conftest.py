@@ -13,9 +13,13 @@ import psutil
 import pytest
 import uvloop
 from blockbuster import BlockBuster, blockbuster_ctx
+from hypothesis import settings
 
 import stepflow_runtime
 from stepflow_runtime.server.binary import find_binary
+
+settings.register_profile("stepflow", deadline=None, max_examples=60)
+settings.load_profile("stepflow")
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 

@@ -292,4 +292,4 @@ async def test_a_log_handler_that_raises_is_reported_once_and_disturbs_nothing(
     reports = [r for r in caplog.records if r.name == "stepflow_runtime"]
     assert len(reports) == 1
     assert "stepflow.server" in reports[0].getMessage()
-    assert len(runtime.get_recent_logs(5000)) > 500
+    assert len(runtime.get_recent_logs(5000)) >= 400  # 4 lines a run

@@ -52,9 +52,11 @@ class ServerOptions:
     :raises TypeError: naming the option, if it is of the wrong kind
     """
 
-    config_path: str | os.PathLike[str] | Mapping[str, Any] | None = None
+    # Values of the configuration and of the environment can be secrets: never in a repr.
+    config_path: str | os.PathLike[str] | Mapping[str, Any] | None = field(
+        default=None, repr=False
+    )
     port: int | None = None
-    # Values of the environment and of the configuration can be secrets: never in a repr.
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
     inherit_env: bool = True
     log_config: LogConfig = field(default_factory=LogConfig)

@@ -179,6 +179,8 @@ class ServerProcess:
 
     async def _ask_to_end(self, ask_until: float) -> None:
         now = anyio.current_time()
+        if now >= ask_until:
+            return
         workers_until = min(now + _WORKERS_GRACE, (now + ask_until) / 2)
         while True:
             self._child.terminate()

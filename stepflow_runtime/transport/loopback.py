@@ -106,56 +106,84 @@ class _Connection:
     async def exchange(self, message: bytes) -> tuple[Response, bool]:
         """Send a request; return its answer, and whether the connection may go on."""
         answer = _Answer()
-        parser = httptools.HttpResponseParser(answer)
         try:
             await self._stream.send(message)
             while not answer.is_complete:
-                parser.feed_data(await self._stream.receive(_RECEIVE_SIZE))
+                answer.feed(await self._stream.receive(_RECEIVE_SIZE))
         except anyio.EndOfStream as exc:
-            raise ConnectionLostError(
-                "the server closed the connection in the middle of an answer"
-                if answer.has_begun
-                else "the server closed the connection without an answer"
-            ) from exc
+            answer.end(exc)
         except (anyio.BrokenResourceError, anyio.ClosedResourceError) as exc:
             raise ConnectionLostError("the connection to the server broke") from exc
         except httptools.HttpParserError as exc:
             raise ConnectionLostError(
                 f"what answers on the server's port does not speak HTTP: {exc}"
             ) from exc
-        return (
-            Response(
-                parser.get_status_code(), answer.content_type, b"".join(answer.body)
-            ),
-            parser.should_keep_alive(),
-        )
+        return answer.response(), answer.is_reusable
 
     async def aclose(self) -> None:
         await anyio.aclose_forcefully(self._stream)
 
 
 class _Answer:
-    """Takes down what the parser hears."""
+    """Takes down what the parser hears of one answer."""
 
     def __init__(self) -> None:
-        self.content_type = ""
-        self.body: list[bytes] = []
-        self.has_begun = False
+        self._parser = httptools.HttpResponseParser(self)
+        self._has_begun = False
+        self._begin()
         self.is_complete = False
+        self.is_reusable = False
+
+    def _begin(self) -> None:
+        self._content_type = ""
+        self._body: list[bytes] = []
+        self._has_length = False
+        self._ends_with_connection = False
+
+    def feed(self, data: bytes) -> None:
+        self._parser.feed_data(data)
+
+    def end(self, exc: anyio.EndOfStream) -> None:
+        """Take note of the connection's end, which some answers have for their end.
+
+        :raises ConnectionLostError: if this one has not
+        """
+        if not self._ends_with_connection:
+            raise ConnectionLostError(
+                "the server closed the connection in the middle of an answer"
+                if self._has_begun
+                else "the server closed the connection without an answer"
+            ) from exc
+
+    def response(self) -> Response:
+        return Response(
+            self._parser.get_status_code(), self._content_type, b"".join(self._body)
+        )
 
     def on_message_begin(self) -> None:
-        self.has_begun = True
+        self._has_begun = True
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if name.lower() == b"content-type":
+        name = name.lower()
+        if name == b"content-type":
             media_type = value.partition(b";")[0].strip().lower()
-            self.content_type = media_type.decode("latin-1")
+            self._content_type = media_type.decode("latin-1")
+        elif name in (b"content-length", b"transfer-encoding"):
+            self._has_length = True
+
+    def on_headers_complete(self) -> None:
+        self._ends_with_connection = not self._has_length
 
     def on_body(self, body: bytes) -> None:
-        self.body.append(body)
+        self._body.append(body)
 
     def on_message_complete(self) -> None:
-        self.is_complete = True
+        if self._parser.get_status_code() < 200:
+            self._begin()  # an interim answer (100 Continue): the real one follows
+        else:
+            self.is_complete = True
+            # Only in here does the parser know it.
+            self.is_reusable = self._parser.should_keep_alive()
 
 
 def _message(method: str, path: str, port: int, body: bytes | None) -> bytes:

@@ -1,0 +1,258 @@
+"""What is decided without I/O: restarts, reports in words, commands, wire shapes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stepflow_runtime import FlowStatus, LogConfig, RestartPolicy, wire
+from stepflow_runtime.logs.entry import decode
+from stepflow_runtime.server.diagnosis import causes, last_words, without_ansi
+from stepflow_runtime.server.options import DEFAULT_CONFIG, ServerOptions
+from stepflow_runtime.server.process import ServerExit
+from stepflow_runtime.server.restart import MAX_BACKOFF, GiveUp, Restart, decide
+
+# -- restarts --------------------------------------------------------------------------
+
+
+@given(
+    policy=st.sampled_from(RestartPolicy),
+    exit_code=st.integers(-64, 255),
+    restarts=st.integers(0, 10_000),
+    max_restarts=st.integers(0, 10_000),
+    chance=st.floats(0, 1),
+)
+def test_what_follows_a_crash(
+    policy: RestartPolicy,
+    exit_code: int,
+    restarts: int,
+    max_restarts: int,
+    chance: float,
+) -> None:
+    decision = decide(
+        policy,
+        exit_code=exit_code,
+        restarts=restarts,
+        max_restarts=max_restarts,
+        chance=chance,
+    )
+    wanted = policy is RestartPolicy.ALWAYS or (
+        policy is RestartPolicy.ON_FAILURE and exit_code != 0
+    )
+    if wanted and restarts < max_restarts:
+        assert isinstance(decision, Restart)
+        assert 0 <= decision.delay <= MAX_BACKOFF
+        assert decision.delay == 0 or restarts > 0
+    else:
+        assert isinstance(decision, GiveUp)
+        assert decision.reason
+
+
+def test_the_backoff_doubles_up_to_its_limit() -> None:
+    delays = []
+    for restarts in range(9):
+        decision = decide(
+            RestartPolicy.ALWAYS,
+            exit_code=1,
+            restarts=restarts,
+            max_restarts=9,
+            chance=1.0,
+        )
+        assert isinstance(decision, Restart)
+        delays.append(decision.delay)
+    assert delays == [0, 0.25, 0.5, 1, 2, 4, 5, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("exit", "words", "signal"),
+    [
+        (ServerExit(code=3, pid=1), "exited with code 3", None),
+        (ServerExit(code=-9, pid=1), "was killed by SIGKILL", "SIGKILL"),
+        (ServerExit(code=-63, pid=1), "was killed by signal 63", "signal 63"),
+        (ServerExit(code=-9, pid=1, was_hung=True), "answered no health", "SIGKILL"),
+    ],
+)
+def test_an_exit_in_words(exit: ServerExit, words: str, signal: str | None) -> None:
+    assert words in str(exit)
+    assert exit.signal == signal
+
+
+# -- reports ---------------------------------------------------------------------------
+
+REPORT = (
+    "Server error: \x1b[1mFailed to create executor\x1b[22m\n"
+    "├╴at \x1b[3mcrates/stepflow-server/src/bin/main.rs:145:10\x1b[23m\n"
+    "├╴Failed to create service from configuration\n"
+    "│\n"
+    "├─▶ \x1b[1mConfiguration error\x1b[22m\n"
+    "│   ├╴at \x1b[3mcrates/stepflow-server/src/environment.rs:263:18\x1b[23m\n"
+    "│   ╰╴Failed to instantiate plugin for 'py'\n"
+    "│\n"
+    "╰─▶ \x1b[1merror initializing plugin\x1b[22m\n"
+    "    ├╴at \x1b[3mcrates/stepflow-grpc/src/grpc_plugin_config.rs:57:13\x1b[23m\n"
+    "    ├╴backtrace (1)\n"
+    "    ╰╴queueName is required for gRPC plugins\n"
+    "\n"
+    "━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━\n"
+    "\n"
+    "backtrace no. 1\n"
+    "   0: error_stack::report::Report<C>::from_frame\n"
+)
+
+
+def test_a_report_is_reduced_to_its_chain_of_causes() -> None:
+    assert causes(REPORT) == [
+        "Failed to create executor",
+        "Failed to create service from configuration",
+        "Configuration error",
+        "Failed to instantiate plugin for 'py'",
+        "error initializing plugin",
+        "queueName is required for gRPC plugins",
+    ]
+
+
+@given(st.text())
+def test_any_text_goes_through_the_reduction(text: str) -> None:
+    assert all(line.strip() for line in causes(text))
+    assert "\x1b[" not in without_ansi("\x1b[1m" + text.replace("\x1b", ""))
+
+
+def test_the_last_words_are_the_error_and_the_workers_stderr() -> None:
+    fatal = {
+        "timestamp": "2026-11-23T02:27:44+00:00",
+        "level": "ERROR",
+        "message": REPORT,
+    }
+    entries = [
+        decode(b"chatter", "stdout"),
+        decode(b"\x1b[31mTraceback\x1b[0m", "stderr"),
+        decode(json.dumps(fatal).encode(), "stdout"),
+    ]
+    words = last_words(entries)
+    assert "  queueName is required" in words
+    assert "  Traceback" in words
+    assert "chatter" not in words
+    assert "\x1b" not in words
+    assert "chatter" in last_words(entries[:1])
+    assert last_words([]) == "It printed nothing."
+
+
+# -- commands --------------------------------------------------------------------------
+
+
+def command(options: ServerOptions, **inherited: str) -> Any:
+    return options.command(inherited, port=0, orchestrator_id="me")
+
+
+def test_the_default_command() -> None:
+    made = command(ServerOptions(log_config=LogConfig(level="warn")))
+    assert made.argv == (
+        *("--port", "0", "--orchestrator-id", "me", "--log-level", "warn"),
+        *("--log-destination", "stdout", "--log-format", "json", "--config-stdin"),
+    )
+    assert json.loads(made.stdin) == DEFAULT_CONFIG
+
+
+def test_a_configuration_path_is_made_absolute_when_it_is_anchored() -> None:
+    options = ServerOptions(config_path="c.yml").anchored()
+    made = command(options)
+    assert made.argv[-2:] == ("--config", str(Path.cwd() / "c.yml"))
+    assert made.stdin is None
+
+
+def test_an_option_has_the_say_over_a_variable_in_env() -> None:
+    env = {"STEPFLOW_PORT": "1", "STEPFLOW_CONFIG": "x", "STEPFLOW_LOG_LEVEL": "error"}
+    free = command(ServerOptions(env=env))
+    assert not {"--port", "--config-stdin", "--log-level"} & set(free.argv)
+    assert free.stdin is None
+    bound = command(ServerOptions(env=env, port=5, config_path={}))
+    assert {"--port", "--config-stdin"} <= set(bound.argv)
+    assert bound.stdin == b"{}"
+
+
+def test_what_is_inherited() -> None:
+    inherited = {"PATH": "/bin", "STEPFLOW_PORT": "1", "stepflow_x": "2"}
+    assert command(ServerOptions(), **inherited).env == {"PATH": "/bin"}
+    assert command(ServerOptions(inherit_env=False), **inherited).env == {}
+    made = command(ServerOptions(env={"STEPFLOW_X": "3"}), **inherited)
+    assert made.env == {"PATH": "/bin", "STEPFLOW_X": "3"}
+
+
+def test_proxies_are_kept_from_the_loopback() -> None:
+    env = command(ServerOptions(), HTTP_PROXY="http://p", no_proxy="example.org").env
+    assert env["no_proxy"] == "example.org,127.0.0.1,localhost,::1"
+    assert env["NO_PROXY"] == env["no_proxy"]
+    given = command(ServerOptions(env={"no_proxy": "mine"}), http_proxy="http://p").env
+    assert given["no_proxy"] == "mine"
+
+
+def test_secrets_are_not_in_a_repr() -> None:
+    options = ServerOptions(env={"TOKEN": "hush"}, config_path={"password": "hush"})
+    assert "hush" not in repr(command(options, SECRET="hush"))
+    assert "hush" not in repr(options)
+
+
+# -- the wire --------------------------------------------------------------------------
+
+JSON_NUMBERS = st.integers(-(2**53), 2**53) | st.floats(
+    allow_nan=False, allow_infinity=False
+)
+
+
+@given(JSON_NUMBERS)
+def test_numbers_come_back_whole_where_they_are(number: float) -> None:
+    """The server sends every number with a fraction or an exponent."""
+    sent = json.dumps(float(number))
+    body = f'{{"summary":{{"runId":"r"}},"results":[{{"output":{sent}}}]}}'.encode()
+    output = wire.decode_run(body).results[0].output
+    assert output == number
+    if isinstance(number, int):
+        assert type(output) is int
+    assert str(float(output)) == str(float(number))  # the negative zero stays
+
+
+@given(st.integers(0, 20), st.integers(0, 20), st.none() | st.text())
+def test_every_status_and_code_has_a_meaning(
+    status: int, code: int, message: str | None
+) -> None:
+    item = {"status": status, "errorCode": code, "errorMessage": message, "output": 1}
+    answer = wire.decode_run(
+        msgspec.json.encode(
+            {"summary": {"runId": "r", "status": status, "new": 1}, "results": [item]}
+        )
+    )
+    result = wire.flow_result(answer.summary, answer.results[0])
+    assert result.is_success == (status == 2)
+    if result.is_failed:
+        assert result.error is not None and result.error.code and result.error.message
+
+
+def test_a_cancelled_run_is_a_failed_result() -> None:
+    body = b'{"summary":{"runId":"r","status":4},"results":[{"status":1}]}'
+    answer = wire.decode_run(body)
+    result = wire.flow_result(answer.summary, answer.results[0])
+    assert result.status is FlowStatus.FAILED
+    assert result.error is not None and result.error.code == "CANCELLED"
+
+
+def test_the_request_of_a_run() -> None:
+    body = wire.run_request("f", [1], overrides={"a": {"input": 2}}, variables={"v": 3})
+    assert json.loads(body) == {
+        "flowId": "f",
+        "input": [1],
+        "wait": True,
+        "overrides": {"steps": {"a": {"value": {"input": 2}}}},
+        "variables": {"v": 3},
+    }
+
+
+def test_an_error_without_json_is_an_error_too() -> None:
+    assert wire.fault_of(b"Failed to deserialize").message == "Failed to deserialize"
+    assert wire.fault_of(b"").message == ""
+    assert wire.fault_of(b'{"error":{"message":"m","status":"S"}}').status == "S"

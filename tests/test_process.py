@@ -1,0 +1,187 @@
+"""Processes, sessions and signals: facts of the operating system, on real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import anyio
+import psutil
+import pytest
+
+from stepflow_runtime.errors import ServerStartError
+from stepflow_runtime.server.options import Command
+from stepflow_runtime.server.platform import spawn
+from stepflow_runtime.server.process import ServerProcess
+
+from .conftest import each_backend, processes_left
+
+COMMAND = Command(argv=(), env={"PATH": os.environ["PATH"]}, stdin=None)
+
+pytestmark = pytest.mark.anyio
+
+
+@each_backend
+async def test_standard_input_is_what_was_given(
+    fake_server: Callable[[str], Path], tmp_path: Path
+) -> None:
+    content = os.urandom(300_000)  # more than a pipe holds
+    command = Command(argv=(), env=COMMAND.env, stdin=content)
+    script = fake_server(f"cat > {tmp_path}/copy; readlink /proc/$$/fd/0 >&2")
+    process = await ServerProcess.spawn(script, command)
+    await process.wait_exit()
+    assert await process.end(0) == 0
+    assert (tmp_path / "copy").read_bytes() == content
+    if sys.platform == "linux":
+        assert b"memfd:" in os.read(process.stderr, 1000)
+    process.close()
+
+
+@each_backend
+async def test_the_session_is_its_own_and_swept_whole(
+    fake_server: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Children in groups of their own, one that forks on, one that was orphaned."""
+    script = fake_server(
+        "set -m\n"
+        "sleep 100 &\n"
+        "(sleep 100 &)\n"
+        "sh -c 'trap \"\" TERM INT HUP; sleep 100 & wait' &\n"
+        f"touch {tmp_path}/ready\n"
+        "wait"
+    )
+    process = await ServerProcess.spawn(script, COMMAND)
+    assert os.getsid(process.pid) == process.pid != os.getsid(0)
+    with anyio.fail_after(5):
+        while (  # noqa: ASYNC110 - other processes' doing
+            not (tmp_path / "ready").exists() or len(processes_left()) < 5
+        ):
+            await anyio.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    await process.wait_exit()
+    assert await process.end(5) == -signal.SIGKILL
+    assert processes_left() == []
+    process.close()
+
+
+@each_backend
+async def test_a_fork_bomb_of_a_worker_is_swept_too(
+    fake_server: Callable[[str], Path],
+) -> None:
+    script = fake_server("sh -c 'while :; do (sleep 100 &) ; sleep 0.01; done' &\nwait")
+    process = await ServerProcess.spawn(script, COMMAND)
+    await anyio.sleep(0.3)
+    assert await process.end(0) == -signal.SIGKILL
+    assert processes_left() == []
+    process.close()
+
+
+@each_backend
+async def test_a_lost_sigterm_is_repeated(
+    fake_server: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A server that is still putting its signal handling together loses the first."""
+    script = fake_server(
+        f"trap 'echo x >> {tmp_path}/terms; "
+        f"[ $(wc -l < {tmp_path}/terms) = 2 ] && exit 0' TERM\n"
+        f"touch {tmp_path}/ready\n"
+        "while :; do sleep 0.01; done"
+    )
+    process = await ServerProcess.spawn(script, COMMAND)
+    with anyio.fail_after(5):
+        while not (tmp_path / "ready").exists():  # noqa: ASYNC110
+            await anyio.sleep(0.01)
+    assert await process.end(30) == 0
+    assert (tmp_path / "terms").read_text() == "x\nx\n"
+    process.close()
+
+
+@each_backend
+async def test_ending_is_bounded_and_can_be_repeated(
+    fake_server: Callable[[str], Path],
+) -> None:
+    script = fake_server("trap '' TERM; while :; do sleep 0.01; done")
+    process = await ServerProcess.spawn(script, COMMAND)
+    await anyio.sleep(0.1)
+    began = anyio.current_time()
+    assert await process.end(0.2) == -signal.SIGKILL
+    assert anyio.current_time() - began >= 0.2
+    assert await process.end(0.2) == -signal.SIGKILL
+    process.close()
+
+
+@each_backend
+async def test_a_stranger_that_reaped_our_child_costs_nobody_else_anything(
+    fake_server: Callable[[str], Path],
+) -> None:
+    """Once reaped, the pid can be anybody's: it must not be signalled or swept."""
+    process = await ServerProcess.spawn(fake_server("exit 3"), COMMAND)
+    await process.wait_exit()
+    os.waitpid(process.pid, os.WNOHANG)  # noqa: ASYNC222
+    assert await process.end(1) == 0  # the code is lost with the zombie
+    process.close()
+
+
+def test_a_process_that_cannot_be_executed_leaves_no_descriptor(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"\x7fELF")
+    (tmp_path / "x").chmod(0o755)
+    for _ in range(3):
+        with pytest.raises(OSError, match="Exec format"):
+            spawn(tmp_path / "x", COMMAND)
+
+
+@each_backend
+async def test_descriptors_are_not_inherited_by_other_children(
+    fake_server: Callable[[str], Path],
+) -> None:
+    process = await ServerProcess.spawn(fake_server("exec sleep 100"), COMMAND)
+    assert not os.get_inheritable(process.stdout)
+    assert not os.get_inheritable(process.stderr)
+    assert await process.end(1) == -signal.SIGTERM
+    process.close()
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("delay", [0.0, 0.05])
+async def test_a_spawn_that_nobody_waits_for_any_more_is_undone(
+    fake_server: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    delay: float,
+) -> None:
+    """asyncio's own cancellation does not wait for the thread that spawns."""
+    import asyncio
+
+    from stepflow_runtime.server import process as module
+
+    def slow_spawn(binary: Path, command: Command) -> object:
+        if delay:
+            time.sleep(delay)
+        child = spawn(binary, command)
+        if not delay:
+            time.sleep(0.05)
+        spawned.append(child.pid)
+        return child
+
+    spawned: list[int] = []
+    monkeypatch.setattr(module, "spawn", slow_spawn)
+    task = asyncio.ensure_future(
+        ServerProcess.spawn(fake_server("exec sleep 100"), COMMAND)
+    )
+    await asyncio.sleep(0.02)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    with anyio.fail_after(5):
+        while not spawned or processes_left():  # noqa: ASYNC110
+            await anyio.sleep(0.01)
+    assert not psutil.pid_exists(spawned[0])
+
+
+@each_backend
+async def test_a_missing_binary_is_a_start_error(tmp_path: Path) -> None:
+    with pytest.raises(ServerStartError, match="cannot be executed"):
+        await ServerProcess.spawn(tmp_path / "nope", COMMAND)
