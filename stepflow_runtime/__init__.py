@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging as _logging
+
 from .errors import ApiError as ApiError
 from .errors import BinaryNotFoundError as BinaryNotFoundError
 from .errors import ConnectionLostError as ConnectionLostError
@@ -30,6 +32,9 @@ from .server.restart import RestartPolicy as RestartPolicy
 from .server.supervisor import RuntimeState as RuntimeState
 
 __version__ = "0.1.0"
+
+# Programs that configure no logging get nothing printed by us.
+_logging.getLogger(__name__).addHandler(_logging.NullHandler())
 
 # Public objects say that they live here, not in the room they were built in.
 for _value in list(locals().values()):

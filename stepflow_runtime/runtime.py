@@ -175,10 +175,9 @@ class StepflowRuntime(AsyncContextManagerMixin):
         run itself goes on in the server.
         """
         ready = await self._supervisor.wait_ready()
+        client = await self._client_of(ready)
         try:
-            return await self._client_of(ready).run(
-                flow, input, overrides, variables=variables
-            )
+            return await client.run(flow, input, overrides, variables=variables)
         except ConnectionLostError as exc:
             loss = await self._supervisor.explain_loss(ready.incarnation)
             if loss is None:
@@ -247,15 +246,25 @@ class StepflowRuntime(AsyncContextManagerMixin):
         where = f" at {self.url}" if port is not None else ""
         return f"<StepflowRuntime {state}{where}>"
 
-    def _client_of(self, ready: Ready) -> StepflowClient:
-        """The client of this incarnation: what it knows to be stored, died with the last."""
+    async def _client_of(self, ready: Ready) -> StepflowClient:
+        """The client of this incarnation: what the last one's had stored, died with it."""
         if self._client is None or self._client_incarnation != ready.incarnation:
-            self._client = StepflowClient(LoopbackTransport(ready.port))
+            before, self._client = (
+                self._client,
+                StepflowClient(LoopbackTransport(ready.port)),
+            )
             self._client_incarnation = ready.incarnation
+            client = self._client
+            await _close(before)
+            return client
         return self._client
 
     async def _close_client(self) -> None:
         client, self._client = self._client, None
-        if client is not None:
-            with anyio.CancelScope(shield=True):
-                await client.aclose()
+        await _close(client)
+
+
+async def _close(client: StepflowClient | None) -> None:
+    if client is not None:
+        with anyio.CancelScope(shield=True):
+            await client.aclose()

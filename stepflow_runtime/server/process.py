@@ -30,8 +30,9 @@ __all__ = ["ServerExit", "ServerProcess"]
 logger: Final = logging.getLogger("stepflow_runtime")
 
 # A SIGTERM that arrives while the server is still putting its signal handling together
-# is lost (seen once in some 200 stops right after the port line): so it is repeated.
-_REPEAT_SIGTERM: Final = 0.5
+# is lost: rarely right after the port line, often on a busy machine. So it is repeated;
+# a server that has heard one takes no notice of another.
+_REPEAT_SIGTERM: Final = 0.1
 
 # The server waits for its workers' open streams, for ever, and an idle worker does not
 # react to SIGTERM. This long they may go on finishing; then they are killed, and the
@@ -191,7 +192,7 @@ class ServerProcess:
                 await self.wait_exit()
                 return
             if anyio.current_time() >= workers_until:
-                await self._sweep(spare_leader=True, timeout=_REPEAT_SIGTERM)
+                await self._sweep(spare_leader=True, timeout=_WORKERS_GRACE)
                 workers_until = math.inf
 
     async def _sweep(self, *, spare_leader: bool, timeout: float) -> None:

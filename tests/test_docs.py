@@ -1,0 +1,172 @@
+"""The documentation: every sample runs, every public name is told of."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import msgspec
+import pytest
+
+import stepflow_runtime
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return [
+        text
+        for name, text in BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))
+        if name == language
+    ]
+
+
+def python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", *arguments],
+        check=False,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+SAMPLES = [
+    pytest.param(sample, id=f"{page}-{number}")
+    for page in ("README.md", "docs/how-to.md")
+    for number, sample in enumerate(blocks(page, "python"), 1)
+]
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_a_sample_runs(sample: str, tmp_path: Path) -> None:
+    file = tmp_path / "test_sample.py"
+    file.write_text(sample)
+    if "import pytest" in sample:
+        done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", str(file))
+    else:
+        done = python(str(file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout
+
+
+def test_the_tutorial_can_be_followed(tmp_path: Path) -> None:
+    page = "docs/tutorial.md"
+    names = re.findall(r"[Ss]ave this as `([^`]+)`|and this as `([^`]+)`", _text(page))
+    files = blocks(page, "yaml") + blocks(page, "python")
+    assert len(names) == len(files) == 4
+    for (first, second), content in zip(names, files, strict=True):
+        (tmp_path / (first or second)).write_text(content)
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    outputs = []
+    commands = [b for b in blocks(page, "console") if "pip" not in b]
+    for command in commands:
+        done = subprocess.run(
+            ["sh", "-c", command.replace(".venv/bin/", "")],
+            check=False,
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout)
+    printed, shown = (
+        msgspec.json.decode(text) for text in (outputs[0], blocks(page, "json")[0])
+    )
+    assert {**printed, "runId": "..."} == shown
+    assert "'name': 'Grace'" in outputs[1]
+    assert outputs[2] == "3\n"
+
+
+def test_the_readme_opens_with_the_two_commands() -> None:
+    commands = blocks("README.md", "console")
+    assert len(commands) == 2
+    assert all(command.count("\n") == 1 for command in commands)
+    assert "stepflow-runtime run" in commands[0]
+    assert commands[1].endswith("-m pytest\n")
+
+
+def test_every_public_name_is_in_the_reference_and_has_a_docstring() -> None:
+    reference = _text("docs/reference.md")
+    for name in public_names():
+        value = getattr(stepflow_runtime, name)
+        if name != "FlowSource":
+            assert f"`{name}`" in reference or name in reference, name
+            assert inspect.getdoc(value), name
+            assert value.__module__ == "stepflow_runtime", name
+
+
+def test_every_option_is_in_the_reference() -> None:
+    options = inspect.signature(stepflow_runtime.StepflowRuntime.start).parameters
+    reference = _text("docs/reference.md")
+    assert [name for name in options if f"| `{name}` |" not in reference] == []
+
+
+def test_the_public_names_are_these() -> None:
+    assert public_names() == [
+        "ApiError",
+        "BinaryNotFoundError",
+        "ConnectionLostError",
+        "Diagnostic",
+        "FlowDefinitionError",
+        "FlowError",
+        "FlowFailedError",
+        "FlowNotFoundError",
+        "FlowResult",
+        "FlowSource",
+        "FlowStatus",
+        "FlowSyntaxError",
+        "InvalidFlowError",
+        "LogConfig",
+        "LogEntry",
+        "RestartPolicy",
+        "RunLostError",
+        "RuntimeState",
+        "RuntimeStoppedError",
+        "ServerCrashedError",
+        "ServerError",
+        "ServerExit",
+        "ServerStartError",
+        "StepflowError",
+        "StepflowExecutor",
+        "StepflowRuntime",
+    ]
+
+
+def public_names() -> list[str]:
+    return sorted(
+        name
+        for name, value in vars(stepflow_runtime).items()
+        if not name.startswith("_")
+        and not inspect.ismodule(value)
+        and name != "annotations"
+    )
+
+
+def test_the_changelog_has_a_place_for_what_is_new() -> None:
+    assert "## [Unreleased]" in _text("CHANGELOG.md")
+
+
+def test_importing_brings_in_nothing_heavy() -> None:
+    heavy = {"httpx", "typer", "rich", "trio", "stepflow_orchestrator", "stepflow_py"}
+    code = f"import sys, stepflow_runtime; print({heavy!r} & set(sys.modules))"
+    assert python("-c", code).stdout == "set()\n"
+
+
+def test_the_package_says_that_it_is_typed() -> None:
+    assert (ROOT / "stepflow_runtime" / "py.typed").exists()
+    project = tomllib.loads(_text("pyproject.toml"))["project"]
+    assert project["requires-python"] == ">=3.11"
+
+
+def _text(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
