@@ -9,6 +9,7 @@ as that server's store does.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
 from typing import Any, Final, TypeVar
 
 import anyio.to_thread
@@ -65,7 +66,7 @@ class StepflowClient:
         """
         if isinstance(flow, Mapping):
             loaded = flows.load(flow)
-            key: bytes | flows.FileKey = loaded.encoded
+            key: bytes | flows.FileKey = sha256(loaded.encoded).digest()
             if (known := self._flow_ids.get(key)) is not None:
                 return known
         else:

@@ -17,7 +17,7 @@ from anyio import AsyncContextManagerMixin
 from anyio.abc import TaskStatus
 
 from .client import StepflowClient
-from .errors import ConnectionLostError, RuntimeStoppedError
+from .errors import ConnectionLostError, RunLostError, RuntimeStoppedError
 from .executor import FlowResult, FlowSource
 from .logs.config import LogConfig
 from .logs.entry import LogEntry
@@ -174,15 +174,18 @@ class StepflowRuntime(AsyncContextManagerMixin):
         While the server restarts, the call waits. Cancellation ends the wait at once; the
         run itself goes on in the server.
         """
-        ready = await self._supervisor.wait_ready()
-        client = await self._client_of(ready)
-        try:
-            return await client.run(flow, input, overrides, variables=variables)
-        except ConnectionLostError as exc:
-            loss = await self._supervisor.explain_loss(ready.incarnation)
-            if loss is None:
-                raise
-            raise loss from exc
+        while True:
+            ready = await self._supervisor.wait_ready()
+            client = await self._client_of(ready)
+            try:
+                return await client.run(flow, input, overrides, variables=variables)
+            except ConnectionLostError as exc:
+                loss = await self._supervisor.explain_loss(ready.incarnation)
+                if loss is None:
+                    raise
+                if not (exc.unsent and isinstance(loss, RunLostError)):
+                    raise loss from exc
+                # The request never left: it waits for the next server like a later one.
 
     async def wait_ready(self) -> None:
         """Wait until the server is READY.

@@ -112,7 +112,7 @@ def test_garbage_is_one_of_our_errors(name: str, text: bytes) -> None:
         ("f.yaml", "a: .inf\n", (1, 4), "JSON cannot carry"),
         ("f.yaml", "a: *nowhere\n", (1, 4), "undefined alias"),
         ("f.yaml", "a: 1\n---\nb: 2\n", (2, 1), "another document"),
-        ("f.json", '{\n"a": 1,\n}', (3, 1), "property name"),
+        ("f.json", '{\n"a" 1}', (2, 5), "delimiter"),
         ("f.json", '{"a": NaN}', (None, None), "NaN is not JSON"),
         ("f.json", '{"a": 1, "a": 2}', (None, None), "stands twice"),
         ("f.json", "[" * 100_000, (None, None), ""),

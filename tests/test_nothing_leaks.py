@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import anyio
 import anyio.lowlevel
@@ -136,13 +137,24 @@ async def test_cancelling_after_some_milliseconds_leaves_nothing(
     assert processes_left() == []
 
 
+async def serve_run_and_stop() -> None:
+    runtime = StepflowRuntime.start(log_config=LogConfig(level="error"))
+    async with anyio.create_task_group() as tasks:
+        await tasks.start(runtime.serve)
+        assert (await runtime.run(ECHO, 1)).output == 1
+        tasks.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("life", [start_run_and_stop, serve_run_and_stop])
 @each_backend
-async def test_cancelling_at_each_step_of_any_task_leaves_nothing() -> None:
+async def test_cancelling_at_each_step_of_any_task_leaves_nothing(
+    life: Callable[[], Coroutine[Any, Any, None]],
+) -> None:
     number, finished = 0, False
     while not finished:
         with anyio.CancelScope() as scope:
             with cancelling_at_step(number, scope.cancel) as counter:
-                await in_a_task(start_run_and_stop)
+                await in_a_task(life)
         assert processes_left() == [], f"after a cancellation at step {number}"
         finished = not counter.fired
         number += 1

@@ -125,13 +125,32 @@ async def test_a_worker_command_that_does_not_exist() -> None:
 
 
 async def test_a_worker_that_dies_with_a_traceback(tmp_path: Path) -> None:
-    """The server would wait 30 s for it; startup_timeout is sooner."""
+    """The server would wait 30 s for it."""
     (tmp_path / "worker.py").write_text("import there_is_no_such_module\n")
     config = worker_config("python3", str(tmp_path / "worker.py"))
-    error = await failing_start(config_path=config, startup_timeout=1.5)
+    with anyio.fail_after(15):
+        error = await failing_start(config_path=config)
     assert "Traceback (most recent call last)" in str(error)
     assert "No module named 'there_is_no_such_module'" in str(error)
-    assert "1.5 s" in str(error)
+    assert "a worker that it started failed with exit code 1" in str(error)
+
+
+@each_backend
+async def test_a_worker_that_is_killed_by_a_signal() -> None:
+    config = worker_config("sh", "-c", "echo 'now I die' >&2; kill -SEGV $$")
+    with anyio.fail_after(15):
+        error = await failing_start(config_path=config)
+    assert "now I die" in str(error)
+    assert "exit code -11" in str(error)
+
+
+@each_backend
+async def test_a_worker_that_goes_to_the_background_is_no_failure() -> None:
+    """A launcher that exits with 0 may have handed over to somebody we do not see."""
+    config = worker_config("sh", "-c", "echo 'over to you' >&2; exit 0")
+    error = await failing_start(config_path=config, startup_timeout=1.3)
+    assert "over to you" in str(error)
+    assert "1.3 s (startup_timeout)" in str(error)
 
 
 @each_backend

@@ -72,6 +72,7 @@ class Incarnation:
         self._ready_until = 0.0
         self._was_hung = False
         self._health_trouble = ""
+        self._worker_trouble = ""
 
     async def live(self, binary: Path, command: Command) -> ServerExit:
         """Spawn the server, see it through start-up and life, and tell how it ended.
@@ -168,25 +169,35 @@ class Incarnation:
         Readiness, the end of the process and the deadline race: whichever comes first.
         """
         limit = anyio.CancelScope(deadline=deadline)
-        phase = "it could announce its port"
+        phase, port = "it could announce its port", None
         with limit:
             async with quiet_task_group() as tasks:
                 tasks.start_soon(self._cancel_when_ended, limit)
-                port = await process.wait_port()
-                phase = f"it answered a health request on port {port}"
-                await self._wait_healthy(port)
-                return port, ""
+                tasks.start_soon(self._cancel_when_worker_failed, process, limit)
+                announced = await process.wait_port()
+                phase = f"it answered a health request on port {announced}"
+                await self._wait_healthy(announced)
+                port = announced
         if self._ended.is_set():
             return None, f"ended before {phase}"
-        trouble = f" ({self._health_trouble})" if self._health_trouble else ""
-        timeout = self._options.startup_timeout
-        return (
-            None,
-            f"was given up after {timeout:g} s (startup_timeout), before {phase}{trouble}",
-        )
+        if port is not None:
+            return port, ""
+        trouble = self._worker_trouble or self._health_trouble
+        if not self._worker_trouble:
+            timeout = self._options.startup_timeout
+            trouble = f"after {timeout:g} s (startup_timeout) {trouble}".strip()
+        return None, f"was given up before {phase}: {trouble}"
 
     async def _cancel_when_ended(self, scope: anyio.CancelScope) -> None:
         await self._ended.wait()
+        scope.cancel()
+
+    async def _cancel_when_worker_failed(
+        self, process: ServerProcess, scope: anyio.CancelScope
+    ) -> None:
+        """Spare the user the 30 s that the server waits for a worker that is dead."""
+        code = await process.wait_worker_failed()
+        self._worker_trouble = f"a worker that it started failed with exit code {code}"
         scope.cancel()
 
     async def _wait_healthy(self, port: int) -> None:

@@ -39,6 +39,9 @@ _REPEAT_SIGTERM: Final = 0.1
 # server, free of them, ends in good order.
 _WORKERS_GRACE: Final = 0.5
 
+# How often, during start-up, we look for a worker that failed.
+_WORKER_WATCH: Final = 0.5
+
 # After SIGKILL the kernel needs milliseconds. A process in uninterruptible sleep (a dead
 # network file system) can take for ever, and must not take us along.
 _KILL_TIMEOUT: Final = 2.0
@@ -136,6 +139,17 @@ class ServerProcess:
     async def wait_exit(self) -> None:
         """Wait until the process has ended."""
         await self._child.wait_exit()
+
+    async def wait_worker_failed(self) -> int:
+        """Wait until a child of the process has failed; return its exit code.
+
+        Looks at the process list from time to time: nothing tells us of a grandchild.
+        """
+        while True:
+            await anyio.sleep(_WORKER_WATCH)
+            code = await anyio.to_thread.run_sync(self._child.failed_worker)
+            if code is not None:
+                return code
 
     def kill(self) -> None:
         """Kill the process, and it alone; :meth:`end` does the rest."""

@@ -50,6 +50,9 @@ logger: Final = logging.getLogger("stepflow_runtime")
 # breaks while the server lives on is the rare case, and may wait.
 _LOSS_NOTICE: Final = 1.0
 
+# What shells say for a command that could not be executed.
+_NOT_EXECUTED: Final = 127
+
 
 class RuntimeState(enum.Enum):
     """Where a runtime is in its life."""
@@ -214,8 +217,7 @@ class Supervisor:
             return await self._incarnate(binary)
         except ServerStartError as exc:
             logger.warning("restarting the Stepflow server failed: %s", exc)
-            assert self.last_exit is not None
-            return exc.exit or self.last_exit
+            return exc.exit or ServerExit(code=_NOT_EXECUTED, pid=0)
 
     def _take_note_of(self, exit: ServerExit, tasks: TaskGroup) -> None:
         self.last_exit = exit

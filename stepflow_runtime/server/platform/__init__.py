@@ -18,7 +18,7 @@ __all__ = ["Child", "spawn"]
 class Child(Protocol):
     """A spawned process and its session.
 
-    Nothing here blocks but :meth:`sweep`, which is for a worker thread.
+    Only :meth:`sweep` and :meth:`failed_worker` block; they are for a worker thread.
     """
 
     pid: int
@@ -44,6 +44,14 @@ class Child(Protocol):
         Blocks, for ``timeout`` seconds at most. Must not be called after :meth:`reap`.
 
         :param spare_leader: leave the process itself alone, and kill the others
+        """
+        ...
+
+    def failed_worker(self) -> int | None:
+        """Return the exit code of a child of the process that failed, if there is one.
+
+        Blocks for the time of a look at the process list. None where the system does not
+        tell.
         """
         ...
 

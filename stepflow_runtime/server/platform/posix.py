@@ -109,6 +109,13 @@ class PosixChild:
                 break
         return len(members)
 
+    def failed_worker(self) -> int | None:
+        try:
+            children = psutil.Process(self.pid).children()
+        except psutil.Error:
+            return None
+        return next(filter(None, (_failure_of(child.pid) for child in children)), None)
+
     def reap(self) -> int | None:
         return self._process.poll()
 
@@ -186,6 +193,17 @@ def _is_alive(pid: int) -> bool:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.Error:
         return False
+
+
+def _failure_of(pid: int) -> int | None:
+    """The exit code of a zombie; 0 and None for one that ended well, or lives."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:  # gone, or a system without /proc
+        return None
+    # What follows the name, which can hold anything: proc_pid_stat(5), from field 3 on.
+    state, *fields = stat.rpartition(b")")[2].split()
+    return os.waitstatus_to_exitcode(int(fields[48])) if state == b"Z" else None
 
 
 def _wait_for_ends(pidfds: list[int], timeout: float) -> None:
