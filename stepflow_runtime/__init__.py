@@ -36,8 +36,9 @@ __version__ = "0.1.0"
 # Programs that configure no logging get nothing printed by us.
 _logging.getLogger(__name__).addHandler(_logging.NullHandler())
 
-# Public objects say that they live here, not in the room they were built in.
+# Tracebacks name exceptions as users import them. Other classes keep the module that they
+# were built in, since their annotations are resolved there.
 for _value in list(locals().values()):
-    if getattr(_value, "__module__", "").startswith("stepflow_runtime."):
+    if isinstance(_value, type) and issubclass(_value, StepflowError):
         _value.__module__ = __name__
 del _value

@@ -1,4 +1,4 @@
-"""StepflowClient: the executor over the Stepflow HTTP wire.API.
+"""StepflowClient: the executor over the Stepflow HTTP API.
 
 Contract: it turns calls into requests and answers into values; it knows neither how
 bytes travel (``transport``) nor what the fields are called (``wire``). One client
@@ -12,17 +12,21 @@ from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from typing import Any, Final, TypeVar
 
+import anyio
 import anyio.to_thread
 import msgspec
 
 from . import flows, wire
-from .errors import ApiError, InvalidFlowError
+from .errors import ApiError, ConnectionLostError, InvalidFlowError
 from .executor import Diagnostic, FlowResult, FlowSource
 from .transport import Response, Transport
 
 __all__ = ["StepflowClient"]
 
 T = TypeVar("T")
+
+# The server answers a waiting request at once for a run that is paused.
+_STILL_RUNNING_PAUSE: Final = 0.1
 
 # How many flows we remember having stored. A program that makes up flows as it goes must
 # not make us grow with it; forgetting one costs two requests.
@@ -52,7 +56,11 @@ class StepflowClient:
         answer = await self._ask(wire.decode_run, "POST", "/runs", request)
         if not answer.summary.has_ended:
             # The server waits 300 s and then answers with a run that goes on.
-            answer = await self._wait_for_end(answer)
+            try:
+                answer = await self._wait_for_end(answer)
+            except ConnectionLostError as exc:
+                exc.unsent = False  # the run was sent, and taken
+                raise
         return wire.flow_result(
             answer.summary, answer.results[0] if answer.results else None
         )
@@ -78,10 +86,6 @@ class StepflowClient:
         self._remember(key, flow_id)
         return flow_id
 
-    async def health(self) -> str:
-        """Return the server's word for its health (``"healthy"``)."""
-        return (await self._ask(wire.decode_health, "GET", "/health")).status
-
     async def aclose(self) -> None:
         """Close the way to the server; calls under way fail."""
         await self._transport.aclose()
@@ -101,9 +105,9 @@ class StepflowClient:
         ).blob_id
 
     async def _analyse(self, flow: flows.Flow) -> None:
-        analysable = flows.without_retry_limits(flow.document)
-        encoded = flow.encoded if analysable is None else wire.encode(analysable)
-        request = wire.flow_request(encoded, dry_run=True)
+        request = wire.flow_request(
+            flows.without_retry_limits(flow.encoded), dry_run=True
+        )
         response = await self._transport.request("POST", f"{wire.API}/flows", request)
         if response.status in (400, 422):
             raise InvalidFlowError(
@@ -120,6 +124,7 @@ class StepflowClient:
         summary = answer.summary
         run = f"/runs/{summary.run_id}"
         while not summary.has_ended:
+            await anyio.sleep(_STILL_RUNNING_PAUSE)
             details = await self._ask(
                 wire.decode_run_details, "GET", f"{run}?wait=true"
             )

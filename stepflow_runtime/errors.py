@@ -15,7 +15,7 @@ reactions:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .executor import Diagnostic, FlowResult
@@ -42,6 +42,15 @@ __all__ = [
 
 class StepflowError(Exception):
     """The root of everything this library raises on its own account."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As it stands: an exception that crosses a process pool is not made anew, since
+        # its arguments are not those of its constructor.
+        return _rebuilt, (type(self), self.args), self.__dict__
+
+
+def _rebuilt(cls: type[StepflowError], args: tuple[Any, ...]) -> StepflowError:
+    return cls.__new__(cls, *args)
 
 
 # -- the workflow that was handed in ---------------------------------------------------

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, NoReturn
 import msgspec
 import yaml
 
+from . import wire
 from .errors import (
     FlowDefinitionError,
     FlowNotFoundError,
@@ -47,12 +48,10 @@ class Flow:
     """A workflow that is ready to be sent.
 
     :ivar encoded: the document as JSON
-    :ivar document: the document
     :ivar source: the file's path, or ``"<mapping>"``
     """
 
     encoded: bytes
-    document: Mapping[str, Any]
     source: str
 
 
@@ -119,31 +118,26 @@ def parse(text: bytes, source: str) -> Mapping[str, Any]:
 _KINDS = {list: "list", str: "string", int: "number", float: "number", bool: "boolean"}
 
 
-def without_retry_limits(document: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """A copy without the steps' ``onError.maxRetries``, or None if there are none.
+def without_retry_limits(encoded: bytes) -> bytes:
+    """A workflow without its steps' ``onError.maxRetries``.
 
     The server's flow analysis turns every number into a float before it looks, and then
     refuses this one for not being an integer. It is the only integer of the flow format.
     """
+    if b'"maxRetries"' not in encoded:
+        return encoded
+    document = msgspec.json.decode(encoded)
     steps = document.get("steps")
-    if not isinstance(steps, list) or not any(map(_limits_retries, steps)):
-        return None
-    return {**document, "steps": [_without_retry_limit(step) for step in steps]}
+    for step in steps if isinstance(steps, list) else ():
+        on_error = step.get("onError") if isinstance(step, dict) else None
+        if isinstance(on_error, dict) and _is_u32(on_error.get("maxRetries")):
+            del on_error["maxRetries"]
+    return wire.encode(document)
 
 
-def _limits_retries(step: Any) -> bool:
-    on_error = step.get("onError") if isinstance(step, dict) else None
-    # Only a whole number is taken out: anything else is for the server to refuse.
-    return isinstance(on_error, dict) and type(on_error.get("maxRetries")) is int
-
-
-def _without_retry_limit(step: Any) -> Any:
-    if not _limits_retries(step):
-        return step
-    on_error = {
-        key: value for key, value in step["onError"].items() if key != "maxRetries"
-    }
-    return {**step, "onError": on_error}
+def _is_u32(value: object) -> bool:
+    """Anything else is for the server to refuse."""
+    return type(value) is int and 0 <= value < 2**32
 
 
 def _read(path: Path) -> bytes:
@@ -156,14 +150,22 @@ def _read(path: Path) -> bytes:
 def _not_found(path: Path, exc: OSError) -> FlowNotFoundError:
     reason = exc.strerror or exc
     return FlowNotFoundError(
-        f"cannot read the workflow file {path}: {reason} (working directory: {os.getcwd()})",
+        f"cannot read the workflow file {path}: {reason} (working directory: "
+        f"{_working_directory()})",
         source=str(path),
     )
 
 
+def _working_directory() -> str:
+    try:
+        return os.getcwd()
+    except OSError:
+        return "gone"
+
+
 def _encode(document: Mapping[str, Any], source: str) -> Flow:
     try:
-        return Flow(msgspec.json.encode(document), document, source)
+        return Flow(wire.encode(document), source)
     except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as exc:
         raise InvalidFlowError(
             f"{source}: the workflow cannot be written as JSON: {exc}", source=source

@@ -125,6 +125,8 @@ class StepflowRuntime(AsyncContextManagerMixin):
             try:
                 yield self
             finally:
+                # In this order: no call may make a new client after this one is closed.
+                self._supervisor.stop_serving()
                 await self._close_client()
 
     async def serve(

@@ -19,14 +19,12 @@ __all__ = [
     "API",
     "HEALTH",
     "ApiFault",
-    "Health",
     "RunAnswer",
     "RunDetails",
     "RunItems",
     "StoredBlob",
     "StoredFlow",
     "blob_request",
-    "decode_health",
     "decode_run",
     "decode_run_details",
     "decode_run_items",
@@ -42,7 +40,14 @@ __all__ = [
 API: Final = "/api/v1"
 HEALTH: Final = f"{API}/health"
 
-encode = msgspec.json.Encoder().encode
+
+def _simpler(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"a {type(value).__name__} cannot be written as JSON")
+
+
+encode = msgspec.json.Encoder(enc_hook=_simpler).encode
 
 RUNNING, COMPLETED, FAILED, CANCELLED, PAUSED, RECOVERY_FAILED = range(1, 7)
 _ENDED = frozenset({COMPLETED, FAILED, CANCELLED, RECOVERY_FAILED})
@@ -63,10 +68,6 @@ _ERROR_CODES = (
 _DIAGNOSTIC_LEVELS = {1: "fatal", 2: "error", 3: "warning"}
 
 _EXACT_INTEGERS = 2**53
-
-
-class Health(msgspec.Struct, frozen=True, rename="camel", gc=False):
-    status: str = ""
 
 
 class _WireDiagnostic(msgspec.Struct, frozen=True, rename="camel", gc=False):
@@ -154,7 +155,6 @@ def _number(literal: str) -> int | float:
     return value
 
 
-decode_health = msgspec.json.Decoder(Health).decode
 decode_stored_flow = msgspec.json.Decoder(StoredFlow).decode
 decode_stored_blob = msgspec.json.Decoder(StoredBlob).decode
 decode_run = msgspec.json.Decoder(RunAnswer, float_hook=_number).decode

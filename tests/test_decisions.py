@@ -143,6 +143,13 @@ def test_the_last_words_are_the_error_and_the_workers_stderr() -> None:
     assert last_words([]) == "It printed nothing."
 
 
+def test_endless_lines_do_not_make_an_endless_message() -> None:
+    entries = [decode(b"\x1b[31m" + b"x" * 1_000_000, "stderr")] * 100
+    words = last_words(entries)
+    assert len(words) < 60 * 520
+    assert "\x1b" not in words
+
+
 # -- commands --------------------------------------------------------------------------
 
 

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import inspect
 import os
+import pickle
 import re
 import subprocess
 import sys
 import tomllib
+import typing
 from pathlib import Path
 
 import msgspec
 import pytest
 
 import stepflow_runtime
+from stepflow_runtime import (
+    ApiError,
+    FlowResult,
+    FlowStatus,
+    FlowSyntaxError,
+    ServerCrashedError,
+    ServerExit,
+)
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -102,7 +112,28 @@ def test_every_public_name_is_in_the_reference_and_has_a_docstring() -> None:
         if name != "FlowSource":
             assert f"`{name}`" in reference or name in reference, name
             assert inspect.getdoc(value), name
-            assert value.__module__ == "stepflow_runtime", name
+
+
+def test_public_classes_can_be_resolved_decoded_and_pickled() -> None:
+    result = FlowResult(status=FlowStatus.SUCCESS, run_id="r", output=[1])
+    encoded = msgspec.json.encode(result)
+    assert msgspec.json.decode(encoded, type=FlowResult) == result
+    for name in public_names():
+        value = getattr(stepflow_runtime, name)
+        if inspect.isclass(value) and value is not stepflow_runtime.StepflowRuntime:
+            typing.get_type_hints(
+                value
+            )  # of that one, anyio's base class stands in the way
+    exit = ServerExit(code=-9, pid=1)
+    for error in (
+        ApiError("words", status=404, code="NOT_FOUND"),
+        ServerCrashedError("words", exit=exit),
+        FlowSyntaxError("words", source="x", line=1, column=2),
+    ):
+        copy = pickle.loads(pickle.dumps(error))
+        assert type(copy) is type(error)
+        assert str(copy) == "words"
+        assert vars(copy) == vars(error)
 
 
 def test_every_option_is_in_the_reference() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -168,21 +169,37 @@ def test_other_things_are_no_workflow() -> None:
 
 
 def test_only_whole_retry_limits_are_taken_out() -> None:
-    limited = {"id": "a", "onError": {"action": "retry", "maxRetries": 2}}
-    odd = {"id": "b", "onError": {"action": "retry", "maxRetries": "many"}}
-    document = {"steps": [limited, odd, {"id": "c"}], "output": 1}
-    assert without_retry_limits(document) == {
-        "steps": [{"id": "a", "onError": {"action": "retry"}}, odd, {"id": "c"}],
+    def step(limit: Any) -> dict[str, Any]:
+        return {"id": "a", "onError": {"action": "retry", "maxRetries": limit}}
+
+    odd = [step("many"), step(-1), step(2**32), step(1.5), step(True), {"id": "c"}, 5]
+    encoded = json.dumps({"steps": [step(2), *odd], "output": 1}).encode()
+    assert json.loads(without_retry_limits(encoded)) == {
+        "steps": [{"id": "a", "onError": {"action": "retry"}}, *odd],
         "output": 1,
     }
-    assert limited["onError"] == {"action": "retry", "maxRetries": 2}
-    for other in ({}, {"steps": 5}, {"steps": [5, None]}, {"steps": [odd]}):
-        assert without_retry_limits(other) is None
+    for text in (b"{}", b'{"steps":5,"x":"\\"maxRetries\\""}', b'{"maxRetries":1}'):
+        assert json.loads(without_retry_limits(text)) == json.loads(text)
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda p: p.stem)
 def test_examples_are_plain_yaml(path: Path) -> None:
-    assert load(path).document == yaml.safe_load(path.read_text())
+    assert json.loads(load(path).encoded) == yaml.safe_load(path.read_text())
+
+
+def test_any_kind_of_mapping_and_sequence_will_do() -> None:
+    flow = MappingProxyType({"steps": (MappingProxyType({"id": "a"}),)})
+    assert json.loads(load(flow).encoded) == {"steps": [{"id": "a"}]}
+
+
+def test_a_missing_file_in_a_missing_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(FlowNotFoundError, match="working directory: gone"):
+        load("flow.yaml")
 
 
 # -- by the real server ----------------------------------------------------------------

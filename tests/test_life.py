@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -156,6 +157,42 @@ async def test_on_crash_is_told_the_exit_code(
     assert len(logged) == ("raising" in style)
 
 
+@pytest.mark.parametrize("hosting", ["entered", "served"])
+@each_backend
+async def test_on_crash_is_told_even_if_the_crash_ends_the_block(hosting: str) -> None:
+    class Callback:
+        async def __call__(self, code: int) -> None:
+            await anyio.sleep(0.05)
+            codes.append(code)
+
+    codes: list[int] = []
+    with pytest.raises((ServerCrashedError, ExceptionGroup)):
+        if hosting == "entered":
+            async with StepflowRuntime.start(on_crash=Callback()) as runtime:
+                kill_server(runtime)
+                await runtime.run(ECHO)
+        else:
+            async with anyio.create_task_group() as tasks:
+                runtime = StepflowRuntime.start(on_crash=Callback())
+                await tasks.start(runtime.serve)
+                kill_server(runtime)
+                await anyio.sleep_forever()
+    assert codes == [-signal.SIGKILL]
+
+
+@each_backend
+async def test_on_crash_that_never_returns_delays_the_end_by_shutdown_timeout() -> None:
+    async def on_crash(code: int) -> None:
+        await anyio.sleep_forever()
+
+    with anyio.fail_after(10):
+        async with StepflowRuntime.start(
+            on_crash=on_crash, shutdown_timeout=0.3
+        ) as runtime:
+            kill_server(runtime)
+            await wait_state(runtime, RuntimeState.FAILED)
+
+
 @each_backend
 async def test_on_crash_is_not_told_of_a_stop() -> None:
     codes: list[int] = []
@@ -222,7 +259,7 @@ async def wait_state_left(runtime: StepflowRuntime) -> None:
 
 @each_backend
 async def test_a_restart_that_fails_to_launch_counts_and_is_repeated(
-    fake_server: Callable[[str], Any], real_binary: Any, tmp_path: Any
+    fake_server: Callable[[str], Path], real_binary: Path, tmp_path: Path
 ) -> None:
     """The second launch fails, the third works."""
     script = fake_server(
@@ -293,3 +330,63 @@ async def test_a_log_handler_that_raises_is_reported_once_and_disturbs_nothing(
     assert len(reports) == 1
     assert "stepflow.server" in reports[0].getMessage()
     assert len(runtime.get_recent_logs(5000)) >= 400  # 4 lines a run
+
+
+@each_backend
+async def test_a_handler_on_the_root_logger_that_raises_disturbs_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It raises when its own failure is reported, too, and when a crash is."""
+
+    class Broken(logging.Handler):
+        def handle(self, record: logging.LogRecord) -> bool:
+            raise OSError("disk full")
+
+    caplog.set_level(1)
+    handler = Broken()
+    logging.getLogger().addHandler(handler)
+    try:
+        async with StepflowRuntime.start(
+            restart_policy=RestartPolicy.ALWAYS
+        ) as runtime:
+            assert (await runtime.run(ECHO, 1)).output == 1
+            kill_server(runtime)
+            await wait_state_left(runtime)
+            assert (await runtime.run(ECHO, 2)).output == 2
+    finally:
+        logging.getLogger().removeHandler(handler)
+
+
+@each_backend
+async def test_where_children_are_not_waited_for_a_crash_is_still_a_failure() -> None:
+    """SIGCHLD ignored: the kernel reaps, and nobody learns the exit code."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        async with StepflowRuntime.start(
+            restart_policy=RestartPolicy.ON_FAILURE
+        ) as runtime:
+            kill_server(runtime)
+            await wait_state_left(runtime)
+            assert (await runtime.run(ECHO, 1)).output == 1
+            assert runtime.last_exit is not None
+            assert runtime.last_exit.code == 255
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+@each_backend
+async def test_restarts_that_cannot_even_be_launched_are_given_up(
+    real_binary: Path, tmp_path: Path
+) -> None:
+    link = tmp_path / "server"
+    link.symlink_to(real_binary)
+    async with StepflowRuntime.start(
+        binary=link, restart_policy=RestartPolicy.ALWAYS, max_restarts=2
+    ) as runtime:
+        link.unlink()
+        kill_server(runtime)
+        await wait_state_left(runtime)
+        with pytest.raises(ServerCrashedError, match="cannot be executed") as caught:
+            await runtime.run(ECHO)
+        assert caught.value.exit.code == 127
+        assert runtime.restarts == 2

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from stepflow_runtime import LogConfig, LogEntry
 from stepflow_runtime.logs.entry import decode
 from stepflow_runtime.logs.pump import MAX_LINE, LineCutter, pump
-from stepflow_runtime.logs.sinks import LogHub
+from stepflow_runtime.logs.sinks import MAX_KEPT, LogHub
 
 LINE = {
     "timestamp": "2026-11-23T02:27:44.413575+00:00",
@@ -140,6 +140,15 @@ def test_without_a_logger_the_ring_is_all_there_is(
     assert [entry.message for entry in hub.newest(10)] == ["3", "4"]
     assert [entry.message for entry in hub.since(4)] == ["4"]
     assert caplog.records == []
+
+
+def test_the_ring_is_bounded_in_characters_too() -> None:
+    hub = LogHub(LogConfig(python_logger=None))
+    for _ in range(100):
+        hub.take(decode(b"x" * MAX_LINE, "stderr"))
+    kept = hub.newest(100)
+    assert sum(len(entry.message) for entry in kept) <= MAX_KEPT
+    assert len(kept) == MAX_KEPT // MAX_LINE
 
 
 def test_a_program_without_logging_gets_nothing_on_stderr(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,12 @@ import anyio.lowlevel
 import psutil
 import pytest
 
-from stepflow_runtime import LogConfig, StepflowRuntime
+from stepflow_runtime import (
+    LogConfig,
+    RuntimeStoppedError,
+    ServerStartError,
+    StepflowRuntime,
+)
 
 from .conftest import ECHO, EXAMPLES, SLEEP, each_backend, processes_left
 from .steps import cancelling_at_step, in_a_task
@@ -286,3 +292,52 @@ async def test_fifty_lives_in_a_row_leave_no_threads_or_tasks() -> None:
     gc.collect()
     assert psutil.Process().num_threads() <= threads + 1
     assert our_tasks() == []
+
+
+@each_backend
+async def test_calls_that_race_with_the_end_leave_no_connection() -> None:
+    async def call() -> None:
+        with suppress(RuntimeStoppedError):
+            while True:
+                await runtime.run(ECHO, 1)
+
+    for _ in range(5):
+        async with (
+            anyio.create_task_group() as tasks,
+            StepflowRuntime.start() as runtime,
+        ):
+            for _ in range(8):
+                tasks.start_soon(call)
+            await anyio.sleep(0.05)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_closing_many_connections_survives_asyncios_own_cancellation() -> None:
+    async def life() -> None:
+        async with StepflowRuntime.start() as runtime:
+            async with anyio.create_task_group() as tasks:
+                for number in range(20):
+                    tasks.start_soon(runtime.run, ECHO, number)
+            leaving.set()
+
+    for ticks in range(12):
+        leaving = anyio.Event()
+        task = asyncio.ensure_future(life())
+        await leaving.wait()
+        for _ in range(ticks):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+
+
+@each_backend
+async def test_a_working_directory_that_is_gone_is_a_start_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(ServerStartError, match="working directory") as caught:
+        async with StepflowRuntime.start("config.yml"):
+            pytest.fail("it started")
+    assert isinstance(caught.value.__cause__, FileNotFoundError)

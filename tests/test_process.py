@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import resource
 import signal
-import sys
+import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import anyio
+import anyio.to_thread
 import psutil
 import pytest
+from blockbuster import BlockBuster
 
 from stepflow_runtime.errors import ServerStartError
-from stepflow_runtime.server.options import Command
-from stepflow_runtime.server.platform import spawn
+from stepflow_runtime.server import process as process_module
+from stepflow_runtime.server.options import MAX_CONFIG, Command
+from stepflow_runtime.server.platform import linux, spawn
 from stepflow_runtime.server.process import ServerProcess
 
 from .conftest import each_backend, processes_left
@@ -29,16 +35,17 @@ pytestmark = pytest.mark.anyio
 async def test_standard_input_is_what_was_given(
     fake_server: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    content = os.urandom(300_000)  # more than a pipe holds
-    command = Command(argv=(), env=COMMAND.env, stdin=content)
-    script = fake_server(f"cat > {tmp_path}/copy; readlink /proc/$$/fd/0 >&2")
-    process = await ServerProcess.spawn(script, command)
-    await process.wait_exit()
-    assert await process.end(0) == 0
-    assert (tmp_path / "copy").read_bytes() == content
-    if sys.platform == "linux":
-        assert b"memfd:" in os.read(process.stderr, 1000)
-    process.close()
+    """And when the server has read it, nothing is left for its workers to read."""
+    for size in (0, 100, 300_000, MAX_CONFIG):  # a pipe holds 64 KiB, by itself
+        content = os.urandom(size)
+        command = Command(argv=(), env=COMMAND.env, stdin=content)
+        script = fake_server(f"cat > {tmp_path}/copy; sh -c 'cat /proc/$PPID/fd/0'")
+        process = await ServerProcess.spawn(script, command)
+        await process.wait_exit()
+        assert os.read(process.stdout, 100) == b""
+        assert await process.end(0) == 0
+        assert (tmp_path / "copy").read_bytes() == content
+        process.close()
 
 
 @each_backend
@@ -122,7 +129,7 @@ async def test_a_stranger_that_reaped_our_child_costs_nobody_else_anything(
     process = await ServerProcess.spawn(fake_server("exit 3"), COMMAND)
     await process.wait_exit()
     os.waitpid(process.pid, os.WNOHANG)  # noqa: ASYNC222
-    assert await process.end(1) == 0  # the code is lost with the zombie
+    assert await process.end(1) == 255  # the code is lost with the zombie
     process.close()
 
 
@@ -153,9 +160,6 @@ async def test_a_spawn_that_nobody_waits_for_any_more_is_undone(
     delay: float,
 ) -> None:
     """asyncio's own cancellation does not wait for the thread that spawns."""
-    import asyncio
-
-    from stepflow_runtime.server import process as module
 
     def slow_spawn(binary: Path, command: Command) -> object:
         if delay:
@@ -167,7 +171,7 @@ async def test_a_spawn_that_nobody_waits_for_any_more_is_undone(
         return child
 
     spawned: list[int] = []
-    monkeypatch.setattr(module, "spawn", slow_spawn)
+    monkeypatch.setattr(process_module, "spawn", slow_spawn)
     task = asyncio.ensure_future(
         ServerProcess.spawn(fake_server("exec sleep 100"), COMMAND)
     )
@@ -185,3 +189,105 @@ async def test_a_spawn_that_nobody_waits_for_any_more_is_undone(
 async def test_a_missing_binary_is_a_start_error(tmp_path: Path) -> None:
     with pytest.raises(ServerStartError, match="cannot be executed"):
         await ServerProcess.spawn(tmp_path / "nope", COMMAND)
+
+
+@each_backend
+async def test_without_pidfds_a_thread_waits(
+    fake_server: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a kernel before 5.3."""
+    monkeypatch.setattr(linux, "_HAS_PIDFD", False)
+    script = fake_server("sleep 100 & trap '' TERM; while :; do sleep 0.01; done")
+    process = await ServerProcess.spawn(script, COMMAND)
+    await anyio.sleep(0.1)
+    with anyio.move_on_after(0.1) as waited:
+        await process.wait_exit()
+    assert waited.cancelled_caught
+    assert await process.end(0.2) == -signal.SIGKILL
+    assert processes_left() == []
+    process.close()
+
+
+@each_backend
+async def test_a_member_that_may_not_be_killed_does_not_save_the_others(
+    fake_server: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that became another user (sudo)."""
+
+    def refuse_once(pidfd: int, number: int) -> None:
+        if not refused:
+            refused.append(pidfd)
+            raise PermissionError
+        send(pidfd, number)
+
+    refused: list[int] = []
+    send = signal.pidfd_send_signal
+    script = fake_server("sleep 100 & sleep 100 & sleep 100 & wait")
+    process = await ServerProcess.spawn(script, COMMAND)
+    await anyio.sleep(0.2)
+    monkeypatch.setattr(signal, "pidfd_send_signal", refuse_once)
+    await process.end(0)
+    assert refused
+    assert processes_left() == []
+    process.close()
+
+
+@each_backend
+async def test_a_program_out_of_descriptors_still_ends_its_server(
+    fake_server: Callable[[str], Path],
+) -> None:
+    script = fake_server("trap '' TERM; sleep 100 & while :; do sleep 0.01; done")
+    process = await ServerProcess.spawn(script, COMMAND)
+    await anyio.sleep(0.2)
+    hoard = []
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, limits[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            while True:
+                hoard.append(os.open(os.devnull, os.O_RDONLY))
+        assert await process.end(0.1) == -signal.SIGKILL
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for fd in hoard:
+            os.close(fd)
+    assert processes_left() == []
+    process.close()
+
+
+@each_backend
+async def test_a_program_out_of_threads_still_ends_its_server(
+    fake_server: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    blockbuster: BlockBuster,
+) -> None:
+    async def no_thread(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    blockbuster.deactivate()  # there is no other way left than to block
+    script = fake_server("sleep 100 & wait")
+    process = await ServerProcess.spawn(script, COMMAND)
+    await anyio.sleep(0.1)
+    monkeypatch.setattr(process_module, "run_blocking", no_thread)
+    assert await process.end(0) == -signal.SIGKILL
+    assert processes_left() == []
+    process.close()
+
+
+@each_backend
+async def test_the_programs_own_threads_do_not_delay_the_end(
+    fake_server: Callable[[str], Path],
+) -> None:
+    """All threads of anyio's default limit are busy for as long as the test lasts."""
+    free = threading.Event()
+    limiter = anyio.to_thread.current_default_thread_limiter()
+    async with anyio.create_task_group() as tasks:
+        for _ in range(int(limiter.total_tokens)):
+            tasks.start_soon(partial(anyio.to_thread.run_sync, free.wait))
+        await anyio.wait_all_tasks_blocked()
+        with anyio.fail_after(10):
+            script = fake_server("exec sleep 100")
+            process = await ServerProcess.spawn(script, COMMAND)
+            assert await process.end(1) == -signal.SIGTERM
+            process.close()
+        free.set()

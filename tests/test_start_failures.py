@@ -340,6 +340,7 @@ async def test_a_first_start_that_fails_is_not_repeated(
         ({"config_path": 5}, TypeError, "config_path"),
         ({"config_path": {"a": object()}}, ValueError, "config_path"),
         ({"config_path": {"a": float("inf")}}, ValueError, "config_path"),
+        ({"config_path": {"a": "x" * 2**20}}, ValueError, "config_path"),
         ({"env": [("A", "b")]}, TypeError, "env"),
         ({"env": {"A": 1}}, TypeError, "env"),
         ({"env": {"A=B": "secret"}}, ValueError, "env"),

@@ -21,7 +21,8 @@ class LogConfig:
     :ivar level: the least severe level that the server logs: ``"trace"``, ``"debug"``,
         ``"info"``, ``"warn"`` or ``"error"``
     :ivar python_logger: the name of the Python logger, or None for no logger
-    :ivar keep: how many of the newest entries are kept
+    :ivar keep: how many of the newest entries are kept, as long as they are not over
+        32 Mi characters together
     :raises ValueError: naming the field, if a value is not one of these
     """
 

@@ -13,13 +13,16 @@ from typing import Final
 
 from .config import LogConfig
 from .entry import LogEntry
+from .own import report
 
 __all__ = ["LogHub"]
 
-logger: Final = logging.getLogger("stepflow_runtime")
-
 TRACE: Final = 5
 logging.addLevelName(TRACE, "TRACE")
+
+# How many characters of messages are kept, however many entries: workers may print long
+# lines.
+MAX_KEPT: Final = 32 * 1024 * 1024
 
 _LEVELS: Final = {
     "TRACE": TRACE,
@@ -34,7 +37,9 @@ class LogHub:
     """Takes every entry and hands it to each sink."""
 
     def __init__(self, config: LogConfig) -> None:
-        self._ring: deque[LogEntry] = deque(maxlen=config.keep)
+        self._ring: deque[LogEntry] = deque()
+        self._keep = config.keep
+        self._kept = 0
         self._sinks: list[Callable[[LogEntry], None]] = []
         self._reported: set[Callable[[LogEntry], None]] = set()
         self.taken = 0
@@ -44,6 +49,9 @@ class LogHub:
     def take(self, entry: LogEntry) -> None:
         self.taken += 1
         self._ring.append(entry)
+        self._kept += len(entry.message)
+        while len(self._ring) > self._keep or self._kept > MAX_KEPT:
+            self._kept -= len(self._ring.popleft().message)
         for sink in self._sinks:
             try:
                 sink(entry)
@@ -61,7 +69,9 @@ class LogHub:
     def _report(self, sink: Callable[[LogEntry], None], exc: Exception) -> None:
         if sink not in self._reported:
             self._reported.add(sink)
-            logger.error("%s raised; its log entries are skipped", sink, exc_info=exc)
+            report(
+                logging.ERROR, "%s raised; its log entries are skipped", sink, exc=exc
+            )
 
 
 class LoggerSink:
@@ -69,7 +79,7 @@ class LoggerSink:
 
     def __init__(self, name: str) -> None:
         self._logger = logging.getLogger(name)
-        if not self._logger.handlers:
+        if not self._logger.handlers and self._logger is not logging.getLogger():
             # Without this, a program that configures no logging gets warnings on stderr.
             self._logger.addHandler(logging.NullHandler())
 

@@ -27,13 +27,15 @@ _REMEDY: Final = (
 )
 
 
-def find_binary(option: Path | None, environ: Mapping[str, str]) -> Path:
+def find_binary(
+    option: str | os.PathLike[str] | None, environ: Mapping[str, str]
+) -> Path:
     """Return the absolute path of the binary: the option, the variable, or the wheel's.
 
     :raises BinaryNotFoundError: telling what was looked for and how to mend it
     """
     if option is not None:
-        return _checked(option, "given as binary=")
+        return _checked(Path(option), "given as binary=")
     if named := environ.get(VARIABLE):
         return _checked(Path(named), f"named by the environment variable {VARIABLE}")
     spec = importlib.util.find_spec(_PACKAGE)

@@ -26,6 +26,7 @@ _PREFIX: Final = "Server error: "
 
 _STDERR_LINES: Final = 60
 _LOG_LINES: Final = 10
+_LINE_LENGTH: Final = 500
 
 
 def without_ansi(text: str) -> str:
@@ -50,25 +51,25 @@ def last_words(entries: Sequence[LogEntry]) -> str:
     fatal = [
         each for each in entries if each.level == "ERROR" and each.stream == "stdout"
     ]
-    stderr = [without_ansi(each.message) for each in entries if each.stream == "stderr"]
+    stderr = [each.message for each in entries if each.stream == "stderr"]
     parts = []
     if fatal:
         parts.append(_block("the server's error", causes(fatal[-1].message)))
     if stderr:
-        parts.append(
-            _block("standard error (server and workers)", stderr[-_STDERR_LINES:])
-        )
+        title = "standard error (server and workers)"
+        parts.append(_block(title, stderr[-_STDERR_LINES:]))
     if not fatal:
-        logged = [_one_line(each) for each in entries if each.stream == "stdout"]
+        logged = [str(each) for each in entries if each.stream == "stdout"]
         if logged:
             parts.append(_block("the last log lines", logged[-_LOG_LINES:]))
     return "\n".join(parts) or "It printed nothing."
 
 
-def _one_line(entry: LogEntry) -> str:
-    text = without_ansi(str(entry)).splitlines() or [""]
-    return text[0] if len(text[0]) <= 500 else text[0][:500] + " ..."
-
-
 def _block(title: str, lines: Iterable[str]) -> str:
-    return "\n".join([f"{title}:", *(f"  {line}" for line in lines)])
+    return "\n".join([f"{title}:", *(f"  {_one_line(line)}" for line in lines)])
+
+
+def _one_line(text: str) -> str:
+    text = without_ansi(text[: 2 * _LINE_LENGTH]).replace("\x1b", "")
+    line = next(iter(text.splitlines()), "")
+    return line if len(line) <= _LINE_LENGTH else line[:_LINE_LENGTH] + " ..."

@@ -32,6 +32,8 @@ async def quiet_task_group() -> AsyncIterator[TaskGroup]:
                 tasks.cancel_scope.cancel()
     except BaseExceptionGroup as group:
         only = group.exceptions[0] if len(group.exceptions) == 1 else group
-        raise only from raised
+        if isinstance(raised, anyio.get_cancelled_exc_class()):
+            raised = None  # the body was cancelled because of it
+        raise only from only.__cause__ or raised
     if raised is not None:
         raise raised

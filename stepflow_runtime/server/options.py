@@ -25,6 +25,9 @@ DEFAULT_CONFIG: Final[Mapping[str, Any]] = {
     "routes": {"/builtin": [{"plugin": "builtin"}], "/": [{"plugin": "builtin"}]},
 }
 
+# What a pipe can hold, by the kernel's default limit.
+MAX_CONFIG: Final = 1024 * 1024
+
 _PREFIX: Final = "STEPFLOW_"
 _LOOPBACK_HOSTS: Final = ("127.0.0.1", "localhost", "::1")
 _PROXY_VARIABLES: Final = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy")
@@ -175,6 +178,11 @@ class ServerOptions:
                 raise ValueError(
                     f"config_path: this mapping cannot be written as JSON: {exc}"
                 ) from exc
+            if len(encoded) > MAX_CONFIG:
+                raise ValueError(
+                    f"config_path: this mapping takes {len(encoded)} bytes as JSON, and at "
+                    f"most {MAX_CONFIG} can be handed over; put it into a file"
+                )
             object.__setattr__(self, "_config_stdin", encoded)
         elif not isinstance(config, str | os.PathLike):
             raise TypeError(

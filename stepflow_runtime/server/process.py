@@ -13,21 +13,21 @@ import signal
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import anyio
-import anyio.to_thread
 import msgspec
 
 from ..errors import ServerStartError
 from ..logs.entry import LogEntry
+from ..logs.own import report
 from .options import Command
 from .platform import Child, spawn
+from .threads import run_blocking
 
 __all__ = ["ServerExit", "ServerProcess"]
-
-logger: Final = logging.getLogger("stepflow_runtime")
 
 # A SIGTERM that arrives while the server is still putting its signal handling together
 # is lost: rarely right after the port line, often on a busy machine. So it is repeated;
@@ -51,8 +51,10 @@ _KILL_TIMEOUT: Final = 2.0
 class ServerExit:
     """How a process of the server ended.
 
-    :ivar code: its exit code; negative: the number of the signal that killed it
-    :ivar pid: the process id it had
+    :ivar code: its exit code; negative: the number of the signal that killed it; 127 if
+        it could not be executed at all; 255 also if another part of the program reaped it
+        first, so that nobody knows
+    :ivar pid: the process id it had; 0 if there was none
     :ivar uptime: for how many seconds it was READY; 0 if it never was
     :ivar was_hung: True if it answered no health requests any more, and so we killed it
     :ivar recent_logs: its last log entries, the newest last
@@ -80,6 +82,9 @@ class ServerExit:
         if self.signal is not None:
             return f"was killed by {self.signal}"
         return f"exited with code {self.code}"
+
+
+_NOT_KILLED: Final = "%d processes of the server's session %d could not be killed"
 
 
 class _Announcement(msgspec.Struct, forbid_unknown_fields=True):
@@ -111,7 +116,7 @@ class ServerProcess:
         try:
             # A thread, since a fork and exec takes milliseconds; and since the loopback
             # filter will be a thread's.
-            return cls(await anyio.to_thread.run_sync(handover.spawn, binary, command))
+            return cls(await run_blocking(handover.spawn, binary, command))
         except OSError as exc:
             raise ServerStartError(_why_not_executed(binary, exc)) from exc
         except BaseException:
@@ -145,11 +150,14 @@ class ServerProcess:
 
         Looks at the process list from time to time: nothing tells us of a grandchild.
         """
+        before = None
         while True:
             await anyio.sleep(_WORKER_WATCH)
-            code = await anyio.to_thread.run_sync(self._child.failed_worker)
-            if code is not None:
+            code = await run_blocking(self._child.failed_worker)
+            if code is not None and code == before:
                 return code
+            # Seen once, it can be a helper that the server is about to reap.
+            before = code
 
     def kill(self) -> None:
         """Kill the process, and it alone; :meth:`end` does the rest."""
@@ -177,7 +185,7 @@ class ServerProcess:
         if interruption is not None:
             raise interruption
         if code is None:
-            logger.error("the server's process %d could not be killed", self.pid)
+            report(logging.ERROR, _NOT_KILLED, 1, self.pid)
             return -int(getattr(signal, "SIGKILL", 9))
         return code
 
@@ -189,6 +197,8 @@ class ServerProcess:
         with anyio.CancelScope(deadline=ask_until):
             await self._ask_to_end(ask_until)
         await self._sweep(spare_leader=False, timeout=_KILL_TIMEOUT)
+        # Should the sweep have failed: this needs neither a descriptor nor a thread.
+        self._child.kill()
         with anyio.move_on_after(_KILL_TIMEOUT):
             await self.wait_exit()
 
@@ -210,15 +220,17 @@ class ServerProcess:
                 workers_until = math.inf
 
     async def _sweep(self, *, spare_leader: bool, timeout: float) -> None:
-        left = await anyio.to_thread.run_sync(
-            lambda: self._child.sweep(spare_leader=spare_leader, timeout=timeout)
-        )
+        """Sweep the session; a program that is out of everything gets the best there is."""
+        sweep = partial(self._child.sweep, spare_leader=spare_leader, timeout=timeout)
+        try:
+            left = await run_blocking(sweep)
+        except RuntimeError:  # no thread to be had: to block is better than to leak
+            left = sweep()
+        except OSError as exc:
+            report(logging.ERROR, "sweeping session %d failed", self.pid, exc=exc)
+            return
         if left:
-            logger.error(
-                "%d processes of the server's session %d could not be killed",
-                left,
-                self.pid,
-            )
+            report(logging.ERROR, _NOT_KILLED, left, self.pid)
 
 
 class _Handover:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import enum
 import inspect
 import logging
+import math
 import os
 import random
 import uuid
@@ -20,10 +21,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import anyio
-import anyio.to_thread
 from anyio.abc import TaskGroup
 
 from ..errors import (
@@ -33,6 +33,7 @@ from ..errors import (
     ServerError,
     ServerStartError,
 )
+from ..logs.own import report
 from ..logs.sinks import LogHub
 from . import restart
 from .binary import find_binary
@@ -41,10 +42,9 @@ from .groups import quiet_task_group
 from .incarnation import Incarnation
 from .options import ServerOptions
 from .process import ServerExit
+from .threads import run_blocking
 
 __all__ = ["Ready", "RuntimeState", "Supervisor"]
-
-logger: Final = logging.getLogger("stepflow_runtime")
 
 # A dying server closes its connections before its exit can be noticed; a connection that
 # breaks while the server lives on is the rare case, and may wait.
@@ -85,7 +85,7 @@ class Supervisor:
     def __init__(self, options: ServerOptions) -> None:
         self.logs = LogHub(options.log_config)
         self.state = RuntimeState.NEW
-        self.port: int | None = options.port or None
+        self.port: int | None = None
         self.pid: int | None = None
         self.restarts = 0
         self.last_exit: ServerExit | None = None
@@ -95,6 +95,9 @@ class Supervisor:
         self._ready: Ready | None = None
         self._failure: Callable[[], ServerError] | None = None
         self._changed = anyio.Event()
+        self._launch_trouble = ""
+        self._telling: list[anyio.CancelScope] = []
+        self._tell_until = math.inf
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -114,10 +117,17 @@ class Supervisor:
                 try:
                     yield
                 finally:
-                    self._stop_serving()
+                    self.stop_serving()
         finally:
-            self._stop_serving()
+            self.stop_serving()
             self._finish()
+
+    def stop_serving(self) -> None:
+        """Let no call begin any more; the first thing that the end does."""
+        self._limit_telling()
+        if self.state not in (RuntimeState.STOPPED, RuntimeState.FAILED):
+            self._ready = None
+            self._enter(RuntimeState.STOPPING)
 
     async def wait_ready(self) -> Ready:
         """Wait until the server is READY, and tell where.
@@ -166,47 +176,57 @@ class Supervisor:
 
     async def _supervise(self, tasks: TaskGroup) -> None:
         try:
-            binary = await anyio.to_thread.run_sync(self._prepare)
+            binary = await self._prepare()
             exit = await self._incarnate(binary)
-            series = 0
-            while True:
-                self._take_note_of(exit, tasks)
-                if exit.uptime >= restart.FRESH_AFTER:
-                    series = 0
-                decision = restart.decide(
-                    self._options.restart_policy,
-                    exit_code=exit.code,
-                    restarts=series,
-                    max_restarts=self._options.max_restarts,
-                    chance=random.random(),
-                )
-                if isinstance(decision, restart.GiveUp):
-                    self._give_up(exit, decision.reason)
-                    return
-                self._enter(RuntimeState.RESTARTING)
-                await anyio.sleep(decision.delay)
-                series += 1
-                self.restarts += 1
-                exit = await self._reincarnate(binary)
         except ServerStartError as exc:
-            message, exited, logs = str(exc), exc.exit, exc.recent_logs
-            self._fail(partial(type(exc), message, exit=exited, recent_logs=logs))
+            self._fail(partial(_again, exc))
+            return
+        series = 0
+        while True:
+            self._take_note_of(exit, tasks)
+            if exit.uptime >= restart.FRESH_AFTER:
+                series = 0
+            decision = restart.decide(
+                self._options.restart_policy,
+                exit_code=exit.code,
+                restarts=series,
+                max_restarts=self._options.max_restarts,
+                chance=random.random(),
+            )
+            if isinstance(decision, restart.GiveUp):
+                self._give_up(exit, decision.reason)
+                return
+            self._enter(RuntimeState.RESTARTING)
+            await anyio.sleep(decision.delay)
+            series += 1
+            self.restarts += 1
+            exit = await self._reincarnate(binary)
 
-    def _prepare(self) -> Path:
-        """What has to ask the file system, for a thread; return the binary's path."""
-        self._options = self._options.anchored()
-        binary = self._options.binary
-        return find_binary(None if binary is None else Path(binary), os.environ)
+    async def _prepare(self) -> Path:
+        """Ask the file system what has to be asked there; return the binary's path."""
+
+        def prepare() -> tuple[ServerOptions, Path]:
+            options = self._options.anchored()
+            return options, find_binary(options.binary, os.environ)
+
+        try:
+            self._options, binary = await run_blocking(prepare)
+        except OSError as exc:
+            raise ServerStartError(
+                f"the working directory cannot be used: {exc}"
+            ) from exc
+        return binary
 
     async def _incarnate(self, binary: Path) -> ServerExit:
         self._incarnation += 1
+        self._launch_trouble = ""
         incarnation = Incarnation(
             self._options, self.logs, on_ready=self._serve, on_lost=self._withdraw
         )
         command = self._options.command(
             os.environ,
             # After a restart the same port and id: clients and leases rely on them.
-            port=self.port or 0,
+            port=self.port or self._options.port or 0,
             orchestrator_id=self._orchestrator_id,
         )
         return await incarnation.live(binary, command)
@@ -216,27 +236,43 @@ class Supervisor:
         try:
             return await self._incarnate(binary)
         except ServerStartError as exc:
-            logger.warning("restarting the Stepflow server failed: %s", exc)
+            self._launch_trouble = str(exc)
             return exc.exit or ServerExit(code=_NOT_EXECUTED, pid=0)
 
     def _take_note_of(self, exit: ServerExit, tasks: TaskGroup) -> None:
         self.last_exit = exit
         self.pid = None
-        logger.warning("the Stepflow server (pid %d) %s", exit.pid, exit)
+        if self._launch_trouble:
+            report(
+                logging.WARNING,
+                "the Stepflow server could not be restarted: %s",
+                self._launch_trouble,
+            )
+        else:
+            report(logging.WARNING, "the Stepflow server (pid %d) %s", exit.pid, exit)
         if self._options.on_crash is not None:
             tasks.start_soon(self._tell_of_crash, self._options.on_crash, exit.code)
 
-    async def _tell_of_crash(
-        self, on_crash: Callable[[int], object], code: int
-    ) -> None:
-        """Call the user's function where it can neither block nor break the supervision."""
+    async def _tell_of_crash(self, on_crash: Callable[[int], Any], code: int) -> None:
+        """Call the user's function where it can neither block nor break the supervision.
+
+        Shielded: the crash that it is told of is often what makes the block end. Once
+        that has ended, it gets ``shutdown_timeout`` to come to an end itself.
+        """
+        scope = anyio.CancelScope(shield=True, deadline=self._tell_until)
+        self._telling.append(scope)
         try:
-            if inspect.iscoroutinefunction(on_crash):
-                await on_crash(code)
-            else:
-                await anyio.to_thread.run_sync(on_crash, code, abandon_on_cancel=True)
-        except Exception:
-            logger.exception("on_crash raised")
+            with scope:
+                # In a tuple, because trio suspects a function that returns a coroutine.
+                (told,) = await run_blocking(
+                    lambda: (on_crash(code),), abandon_on_cancel=True
+                )
+                if inspect.isawaitable(told):
+                    await told
+        except Exception as exc:  # noqa: BLE001 - the user's function
+            report(logging.ERROR, "on_crash raised", exc=exc)
+        finally:
+            self._telling.remove(scope)
 
     # -- state ---------------------------------------------------------------------
 
@@ -261,15 +297,15 @@ class Supervisor:
         self._ready = None
         self._announce_change()
 
-    def _stop_serving(self) -> None:
-        if self.state not in (RuntimeState.STOPPED, RuntimeState.FAILED):
-            self._ready = None
-            self._enter(RuntimeState.STOPPING)
+    def _limit_telling(self) -> None:
+        self._tell_until = anyio.current_time() + self._options.shutdown_timeout
+        for scope in self._telling:
+            scope.deadline = self._tell_until
 
     def _give_up(self, exit: ServerExit, reason: str) -> None:
+        words = self._launch_trouble or last_words(exit.recent_logs)
         message = (
-            f"the Stepflow server {exit}, and is not restarted: {reason}.\n"
-            f"{last_words(exit.recent_logs)}"
+            f"the Stepflow server {exit}, and is not restarted: {reason}.\n{words}"
         )
         self._fail(partial(ServerCrashedError, message, exit=exit))
 
@@ -299,3 +335,10 @@ class Supervisor:
             )
         if self.state in (RuntimeState.STOPPING, RuntimeState.STOPPED):
             raise RuntimeStoppedError("this runtime is stopped")
+
+
+def _again(error: ServerStartError) -> ServerStartError:
+    """A copy to raise: one object raised in many tasks would collect their tracebacks."""
+    copy = type(error)(str(error), exit=error.exit, recent_logs=error.recent_logs)
+    copy.__cause__ = error.__cause__
+    return copy

@@ -63,8 +63,10 @@ class LoopbackTransport:
         self._closed = True
         connections = [*self._idle, *self._busy]
         self._idle.clear()
-        for connection in connections:
-            await connection.aclose()
+        # A task each, so that a cancellation of this one cannot leave some of them open.
+        async with anyio.create_task_group() as tasks:
+            for connection in connections:
+                tasks.start_soon(connection.aclose)
 
     async def _connection(self) -> _Connection:
         while self._idle and not self._closed:
@@ -83,6 +85,9 @@ class LoopbackTransport:
                 unsent=True,
             ) from exc
         connection = _Connection(stream)
+        if self._closed:  # in the meantime
+            await connection.aclose()
+            self._refuse_if_closed()
         self._busy.add(connection)
         return connection
 

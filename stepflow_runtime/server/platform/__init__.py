@@ -1,7 +1,7 @@
 """What differs by operating system, a file each, behind one signature.
 
 ``spawn(binary, command)`` starts a process in a session of its own and returns a
-:class:`Child`. POSIX only, for now: elsewhere ``spawn`` says so.
+:class:`Child`. Linux only, for now: elsewhere ``spawn`` says so.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Child(Protocol):
     def sweep(self, *, spare_leader: bool, timeout: float) -> int:
         """Kill the session's processes; return how many are left after ``timeout``.
 
-        Blocks, for ``timeout`` seconds at most. Must not be called after :meth:`reap`.
+        Blocks, for ``timeout`` seconds at most. Does nothing after :meth:`reap`.
 
         :param spare_leader: leave the process itself alone, and kill the others
         """
@@ -56,7 +56,10 @@ class Child(Protocol):
         ...
 
     def reap(self) -> int | None:
-        """Return its exit code (negative: the signal), or None if it has not ended."""
+        """Return its exit code (negative: the signal), or None if it has not ended.
+
+        255 if somebody else has reaped it: then nobody knows.
+        """
         ...
 
     def close(self) -> None:
@@ -64,13 +67,9 @@ class Child(Protocol):
         ...
 
 
-if sys.platform == "win32":
+if sys.platform == "linux":
+    from .linux import spawn
+else:
 
     def spawn(binary: Path, command: Command) -> Child:
-        raise OSError(
-            "stepflow-runtime cannot care for a server on Windows yet; use a Stepflow "
-            "server elsewhere"
-        )
-
-else:
-    from .posix import spawn
+        raise OSError("stepflow-runtime cares for servers on Linux only, so far")

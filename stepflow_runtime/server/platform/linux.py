@@ -1,4 +1,4 @@
-"""A process on POSIX: a session of its own, a pidfd, and a sweep that spares nobody.
+"""A process on Linux: a session of its own, a pidfd, and a sweep that spares nobody.
 
 Contract, beyond that of ``Child``: a pid that may have been given to somebody else is
 never signalled. The leader is reaped last, so that its pid, which is the session's id,
@@ -8,35 +8,42 @@ its session is looked at a second time and it is killed through that.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import select
 import signal
 import subprocess
-import tempfile
 import time
 from pathlib import Path
-from typing import IO
 
 import anyio
-import anyio.to_thread
 import psutil
 
 from ..options import Command
+from ..threads import run_blocking
 
-__all__ = ["PosixChild", "spawn"]
+__all__ = ["LinuxChild", "spawn"]
 
 _HAS_PIDFD = hasattr(os, "pidfd_open")
+
+# What a pipe holds, unless it is told otherwise.
+_PIPE_SIZE = 65536
+
+# What we say of a process whose exit code somebody else took: a failure, for certain.
+_UNKNOWN_EXIT = 255
 
 # How long a pass of the sweep waits for those it killed before it looks again.
 _SWEEP_PASS = 0.1
 
 
-def spawn(binary: Path, command: Command) -> PosixChild:
+def spawn(binary: Path, command: Command) -> LinuxChild:
     """Start ``binary`` in a new session. Blocks for the time of a fork and exec.
 
     :raises OSError: if it cannot be executed
     """
-    with _stdin_file(command.stdin) as stdin:
+    stdin = _stdin(command.stdin)
+    try:
         process = subprocess.Popen(
             [str(binary), *command.argv],
             stdin=stdin,
@@ -46,29 +53,35 @@ def spawn(binary: Path, command: Command) -> PosixChild:
             env=dict(command.env),
             start_new_session=True,
         )
-    return PosixChild(process)
+    finally:
+        os.close(stdin)
+    return LinuxChild(process)
 
 
-def _stdin_file(content: bytes | None) -> IO[bytes]:
-    """A file to read ``content`` from: there is no pipe to fill, so nothing can block.
+def _stdin(content: bytes | None) -> int:
+    """A descriptor to read ``content`` from, once.
 
-    In memory where there is such a thing, since a configuration can hold secrets.
+    A pipe that is filled beforehand: nobody has to be there to write, and when the
+    server has read it, there is nothing left in it for the workers, who inherit it.
     """
     if content is None:
-        return open(os.devnull, "rb")
-    file = _anonymous_file()
-    file.write(content)
-    file.seek(0)
-    return file
+        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    reading, writing = os.pipe()
+    try:
+        if len(content) > _PIPE_SIZE:
+            fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, len(content))
+        os.set_blocking(writing, False)
+        if os.write(writing, content) < len(content):
+            raise OSError(errno.E2BIG, "the configuration does not fit into a pipe")
+    except BaseException:
+        os.close(reading)
+        raise
+    finally:
+        os.close(writing)
+    return reading
 
 
-def _anonymous_file() -> IO[bytes]:
-    if hasattr(os, "memfd_create"):
-        return os.fdopen(os.memfd_create("stepflow-config"), "w+b")
-    return tempfile.TemporaryFile()
-
-
-class PosixChild:
+class LinuxChild:
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout is not None and process.stderr is not None
         self._process = process
@@ -78,6 +91,8 @@ class PosixChild:
         os.set_blocking(self.stdout, False)
         os.set_blocking(self.stderr, False)
         self._pidfd = _pidfd_of(process.pid)
+        # A sweep reads /proc, and must be able to when the program is out of descriptors.
+        self._spare: int | None = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
     async def wait_exit(self) -> None:
         if self._process.returncode is not None:
@@ -85,7 +100,7 @@ class PosixChild:
         if self._pidfd is not None:
             await anyio.wait_readable(self._pidfd)
         else:
-            await anyio.to_thread.run_sync(self._wait_unreaped, abandon_on_cancel=True)
+            await run_blocking(self._wait_unreaped, abandon_on_cancel=True)
 
     def terminate(self) -> None:
         self._signal(signal.SIGTERM)
@@ -96,15 +111,11 @@ class PosixChild:
     def sweep(self, *, spare_leader: bool, timeout: float) -> int:
         if not self._holds_its_pid():
             return 0
+        self._free_spare()
         deadline = time.monotonic() + timeout
         while members := self._members(spare_leader):
-            killed = [
-                fd for pid in members if (fd := self._kill_member(pid)) is not None
-            ]
             remaining = deadline - time.monotonic()
-            _wait_for_ends(killed, min(max(remaining, 0), _SWEEP_PASS))
-            for fd in killed:
-                os.close(fd)
+            self._kill_members(members, min(max(remaining, 0), _SWEEP_PASS))
             if remaining <= 0:
                 break
         return len(members)
@@ -112,11 +123,14 @@ class PosixChild:
     def failed_worker(self) -> int | None:
         try:
             children = psutil.Process(self.pid).children()
-        except psutil.Error:
+        except (psutil.Error, OSError):
             return None
         return next(filter(None, (_failure_of(child.pid) for child in children)), None)
 
     def reap(self) -> int | None:
+        if self._process.returncode is None and not self._holds_its_pid():
+            # Popen would make it a 0, and so a good end.
+            self._process.returncode = _UNKNOWN_EXIT
         return self._process.poll()
 
     def close(self) -> None:
@@ -126,6 +140,12 @@ class PosixChild:
         if self._pidfd is not None:
             os.close(self._pidfd)
             self._pidfd = None
+        self._free_spare()
+
+    def _free_spare(self) -> None:
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            os.close(spare)
 
     def _holds_its_pid(self) -> bool:
         """True as long as nobody has reaped the process, and so given its pid away."""
@@ -158,19 +178,30 @@ class PosixChild:
         except OSError:
             return False
 
-    def _kill_member(self, pid: int) -> int | None:
-        """Kill one member; return a pidfd that tells its end, where there is such."""
-        fd = _pidfd_of(pid)
+    def _kill_members(self, members: list[int], patience: float) -> None:
+        """Kill them, and wait for so many seconds at most until they are gone."""
+        pidfds: list[int] = []
+        try:
+            for pid in members:
+                fd = _pidfd_of(pid)
+                if fd is not None:
+                    pidfds.append(fd)
+                self._kill_member(pid, fd)
+            _wait_for_ends(pidfds, patience)
+        finally:
+            for fd in pidfds:
+                os.close(fd)
+
+    def _kill_member(self, pid: int, pidfd: int | None) -> None:
         try:
             if not self._is_member(pid):
                 pass
-            elif fd is not None:
-                signal.pidfd_send_signal(fd, signal.SIGKILL)
+            elif pidfd is not None:
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             else:
                 os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        return fd
+        except OSError:
+            pass  # ended, or another user's (sudo): then it counts as left
 
     def _wait_unreaped(self) -> None:
         try:
@@ -191,8 +222,10 @@ def _pidfd_of(pid: int) -> int | None:
 def _is_alive(pid: int) -> bool:
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.Error:
+    except psutil.NoSuchProcess:
         return False
+    except (psutil.Error, OSError):
+        return True  # it does not tell; a signal too many does no harm to a zombie
 
 
 def _failure_of(pid: int) -> int | None:
