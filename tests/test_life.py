@@ -81,6 +81,26 @@ async def test_two_runtimes_in_one_task_group_are_apart() -> None:
         tasks.cancel_scope.cancel()
 
 
+@each_backend
+async def test_cancelling_the_group_is_all_that_its_callers_hear_of() -> None:
+    """Not that the runtime, cancelled along with them, is stopped."""
+    async with anyio.create_task_group() as tasks:
+        runtime = await tasks.start(StepflowRuntime.start().serve)
+
+        async def call_again_and_again() -> None:
+            while True:
+                await runtime.run(ECHO, 1)
+
+        for _ in range(10):
+            tasks.start_soon(call_again_and_again)
+        await anyio.sleep(0.1)
+        tasks.cancel_scope.cancel()
+        with pytest.raises(anyio.get_cancelled_exc_class()):
+            with anyio.CancelScope(shield=True):
+                await wait_state(runtime, RuntimeState.STOPPED)
+            await runtime.run(ECHO, 1)
+
+
 # -- crashes, with the policy NEVER ----------------------------------------------------
 
 

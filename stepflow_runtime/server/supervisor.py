@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import anyio
+import anyio.lowlevel
 from anyio.abc import TaskGroup
 
 from ..errors import (
@@ -136,7 +137,11 @@ class Supervisor:
             ``ServerCrashedError`` or ``RuntimeStoppedError``
         """
         while self._ready is None:
-            self._refuse_if_over()
+            if (refusal := self._refusal()) is not None:
+                # The cancellation that stopped the runtime may be the caller's, too: then
+                # that is what it should hear of.
+                await anyio.lowlevel.checkpoint()
+                raise refusal
             await self._changed.wait()
         return self._ready
 
@@ -161,10 +166,9 @@ class Supervisor:
             return None
         while self.state is RuntimeState.READY and self._ready is None:
             await self._changed.wait()
-        try:
-            self._refuse_if_over()
-        except ServerError as exc:
-            return exc
+        await anyio.lowlevel.checkpoint()  # as in wait_ready
+        if (refusal := self._refusal()) is not None:
+            return refusal
         assert self.last_exit is not None
         return RunLostError(
             f"the Stepflow server {self.last_exit} while this call was under way; its "
@@ -325,16 +329,18 @@ class Supervisor:
     def _serves(self, incarnation: int) -> bool:
         return self._ready is not None and self._ready.incarnation == incarnation
 
-    def _refuse_if_over(self) -> None:
+    def _refusal(self) -> ServerError | None:
+        """Why there will be no READY any more; None if there may be."""
         if self._failure is not None:
-            raise self._failure()
+            return self._failure()
         if self.state is RuntimeState.NEW:
-            raise RuntimeStoppedError(
+            return RuntimeStoppedError(
                 "this runtime is not started: enter it with `async with`, or host it with "
                 "`await task_group.start(runtime.serve)`"
             )
         if self.state in (RuntimeState.STOPPING, RuntimeState.STOPPED):
-            raise RuntimeStoppedError("this runtime is stopped")
+            return RuntimeStoppedError("this runtime is stopped")
+        return None
 
 
 def _again(error: ServerStartError) -> ServerStartError:
