@@ -93,8 +93,8 @@ class StepflowRuntime(AsyncContextManagerMixin):
         :param max_health_failures: how many may fail in a row before the server counts as
             hung, and is killed
         :param on_crash: called with the exit code (negative: the signal) when the server
-            ended unasked; a function (called in a thread) or a coroutine function. What it
-            raises is logged
+            ended unasked: in a thread, and what it returns is awaited if it can be. What it
+            raises is logged. When the runtime is left, it has ``shutdown_timeout`` left
         :param binary: the ``stepflow-server`` to use; ``None``: that of the environment
             variable ``STEPFLOW_SERVER_BINARY``, or else the installed one
         :raises ValueError: naming the option, if a value cannot work
@@ -168,7 +168,10 @@ class StepflowRuntime(AsyncContextManagerMixin):
         :param variables: values for the flow's ``$variable`` references
         :return: how it ended; a flow that failed is a result too
         :raises FlowDefinitionError: if the workflow cannot be read or is not valid
+        :raises TypeError: if ``flow`` is no path and no mapping, or if input, overrides or
+            variables hold something that cannot be written as JSON
         :raises ApiError: if the server refuses the run
+        :raises ConnectionLostError: if the server lives, but broke the connection off
         :raises RunLostError: if the server died meanwhile, and is being restarted
         :raises ServerCrashedError: if the server died and is not restarted
         :raises RuntimeStoppedError: if the runtime is not running
