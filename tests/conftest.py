@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import psutil
 import pytest
 import uvloop
@@ -122,6 +123,13 @@ def _leave_nothing_behind(_prepared_process: None) -> Iterator[None]:
     assert processes_left() == []
     after = open_descriptors()
     assert {fd: what for fd, what in after.items() if before.get(fd) != what} == {}
+
+
+async def wait_until(condition: Callable[[], object]) -> None:
+    """Wait for something that other processes do, and that nothing tells us of."""
+    with anyio.fail_after(15):
+        while not condition():  # noqa: ASYNC110
+            await anyio.sleep(0.005)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from stepflow_runtime import (
     StepflowRuntime,
 )
 
-from .conftest import ECHO, SLEEP, each_backend, processes_left
+from .conftest import ECHO, SLEEP, each_backend, processes_left, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -33,10 +33,15 @@ def kill_server(runtime: StepflowRuntime) -> None:
     os.kill(runtime.pid, signal.SIGKILL)
 
 
+async def wait_begun(runtime: StepflowRuntime) -> None:
+    """Wait until the server has begun with a run."""
+    await wait_until(
+        lambda: any(entry.run_id for entry in runtime.get_recent_logs(1000))
+    )
+
+
 async def wait_state(runtime: StepflowRuntime, state: RuntimeState) -> None:
-    with anyio.fail_after(10):
-        while runtime.state is not state:  # noqa: ASYNC110 - no such event, yet
-            await anyio.sleep(0.005)
+    await wait_until(lambda: runtime.state is state)
 
 
 # -- in a task group of the user's own -------------------------------------------------
@@ -93,7 +98,7 @@ async def test_cancelling_the_group_is_all_that_its_callers_hear_of() -> None:
 
         for _ in range(10):
             tasks.start_soon(call_again_and_again)
-        await anyio.sleep(0.1)
+        await wait_begun(runtime)
         tasks.cancel_scope.cancel()
         with pytest.raises(anyio.get_cancelled_exc_class()):
             with anyio.CancelScope(shield=True):
@@ -116,7 +121,7 @@ async def test_a_call_under_way_when_the_server_dies_says_so() -> None:
 
         for _ in range(5):
             tasks.start_soon(run)
-        await anyio.sleep(0.1)
+        await wait_begun(runtime)
         kill_server(runtime)
 
 
@@ -147,7 +152,7 @@ async def test_a_call_under_way_when_the_runtime_stops_says_so() -> None:
 
         async with StepflowRuntime.start() as runtime:
             tasks.start_soon(run)
-            await anyio.sleep(0.1)
+            await wait_begun(runtime)
 
 
 @pytest.mark.parametrize("style", ["sync", "async", "sync raising", "async raising"])
@@ -169,9 +174,7 @@ async def test_on_crash_is_told_the_exit_code(
     async with StepflowRuntime.start(on_crash=callback) as runtime:
         kill_server(runtime)
         await wait_state(runtime, RuntimeState.FAILED)
-        with anyio.fail_after(5):
-            while not codes:  # noqa: ASYNC110 - a thread's doing
-                await anyio.sleep(0.01)
+        await wait_until(lambda: codes)
     assert codes == [-signal.SIGKILL]
     logged = [r for r in caplog.records if r.getMessage() == "on_crash raised"]
     assert len(logged) == ("raising" in style)
@@ -251,7 +254,7 @@ async def test_a_run_that_died_with_the_store_is_lost() -> None:
                 await runtime.run(SLEEP, 30_000)
 
         tasks.start_soon(run)
-        await anyio.sleep(0.1)
+        await wait_begun(runtime)
         kill_server(runtime)
         await wait_state(runtime, RuntimeState.RESTARTING)
         assert (await runtime.run(ECHO, 1)).output == 1
@@ -272,9 +275,7 @@ async def test_a_server_that_keeps_crashing_is_given_up() -> None:
 
 
 async def wait_state_left(runtime: StepflowRuntime) -> None:
-    with anyio.fail_after(10):
-        while runtime.state is RuntimeState.READY:  # noqa: ASYNC110
-            await anyio.sleep(0.005)
+    await wait_until(lambda: runtime.state is not RuntimeState.READY)
 
 
 @each_backend

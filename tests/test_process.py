@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
+import select
 import signal
 import threading
 import time
@@ -24,11 +25,16 @@ from stepflow_runtime.server.options import MAX_CONFIG, Command
 from stepflow_runtime.server.platform import linux, spawn
 from stepflow_runtime.server.process import ServerProcess
 
-from .conftest import each_backend, processes_left
+from .conftest import each_backend, processes_left, wait_until
 
 COMMAND = Command(argv=(), env={"PATH": os.environ["PATH"]}, stdin=None)
 
 pytestmark = pytest.mark.anyio
+
+
+def ready(process: ServerProcess) -> bool:
+    """True once the script has written something."""
+    return bool(select.select([process.stdout], [], [], 0)[0])
 
 
 @each_backend
@@ -58,16 +64,12 @@ async def test_the_session_is_its_own_and_swept_whole(
         "sleep 100 &\n"
         "(sleep 100 &)\n"
         "sh -c 'trap \"\" TERM INT HUP; sleep 100 & wait' &\n"
-        f"touch {tmp_path}/ready\n"
+        "echo ready\n"
         "wait"
     )
     process = await ServerProcess.spawn(script, COMMAND)
     assert os.getsid(process.pid) == process.pid != os.getsid(0)
-    with anyio.fail_after(5):
-        while (  # noqa: ASYNC110 - other processes' doing
-            not (tmp_path / "ready").exists() or len(processes_left()) < 5
-        ):
-            await anyio.sleep(0.01)
+    await wait_until(lambda: ready(process) and len(processes_left()) >= 5)
     os.kill(process.pid, signal.SIGKILL)
     await process.wait_exit()
     assert await process.end(5) == -signal.SIGKILL
@@ -81,7 +83,7 @@ async def test_a_fork_bomb_of_a_worker_is_swept_too(
 ) -> None:
     script = fake_server("sh -c 'while :; do (sleep 100 &) ; sleep 0.01; done' &\nwait")
     process = await ServerProcess.spawn(script, COMMAND)
-    await anyio.sleep(0.3)
+    await wait_until(lambda: len(processes_left()) > 10)
     assert await process.end(0) == -signal.SIGKILL
     assert processes_left() == []
     process.close()
@@ -95,13 +97,10 @@ async def test_a_lost_sigterm_is_repeated(
     script = fake_server(
         f"trap 'echo x >> {tmp_path}/terms; "
         f"[ $(wc -l < {tmp_path}/terms) = 2 ] && exit 0' TERM\n"
-        f"touch {tmp_path}/ready\n"
-        "while :; do sleep 0.01; done"
+        "echo ready; while :; do sleep 0.01; done"
     )
     process = await ServerProcess.spawn(script, COMMAND)
-    with anyio.fail_after(5):
-        while not (tmp_path / "ready").exists():  # noqa: ASYNC110
-            await anyio.sleep(0.01)
+    await wait_until(lambda: ready(process))
     assert await process.end(30) == 0
     assert (tmp_path / "terms").read_text() == "x\nx\n"
     process.close()
@@ -111,9 +110,9 @@ async def test_a_lost_sigterm_is_repeated(
 async def test_ending_is_bounded_and_can_be_repeated(
     fake_server: Callable[[str], Path],
 ) -> None:
-    script = fake_server("trap '' TERM; while :; do sleep 0.01; done")
+    script = fake_server("trap '' TERM; echo ready; while :; do sleep 0.01; done")
     process = await ServerProcess.spawn(script, COMMAND)
-    await anyio.sleep(0.1)
+    await wait_until(lambda: ready(process))
     began = anyio.current_time()
     assert await process.end(0.2) == -signal.SIGKILL
     assert anyio.current_time() - began >= 0.2
@@ -179,9 +178,7 @@ async def test_a_spawn_that_nobody_waits_for_any_more_is_undone(
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    with anyio.fail_after(5):
-        while not spawned or processes_left():  # noqa: ASYNC110
-            await anyio.sleep(0.01)
+    await wait_until(lambda: spawned and not processes_left())
     assert not psutil.pid_exists(spawned[0])
 
 
@@ -197,9 +194,11 @@ async def test_without_pidfds_a_thread_waits(
 ) -> None:
     """As on a kernel before 5.3."""
     monkeypatch.setattr(linux, "_HAS_PIDFD", False)
-    script = fake_server("sleep 100 & trap '' TERM; while :; do sleep 0.01; done")
+    script = fake_server(
+        "sleep 100 & trap '' TERM; echo ready; while :; do sleep 0.01; done"
+    )
     process = await ServerProcess.spawn(script, COMMAND)
-    await anyio.sleep(0.1)
+    await wait_until(lambda: ready(process))
     with anyio.move_on_after(0.1) as waited:
         await process.wait_exit()
     assert waited.cancelled_caught
@@ -224,7 +223,7 @@ async def test_a_member_that_may_not_be_killed_does_not_save_the_others(
     send = signal.pidfd_send_signal
     script = fake_server("sleep 100 & sleep 100 & sleep 100 & wait")
     process = await ServerProcess.spawn(script, COMMAND)
-    await anyio.sleep(0.2)
+    await wait_until(lambda: len(processes_left()) >= 4)
     monkeypatch.setattr(signal, "pidfd_send_signal", refuse_once)
     await process.end(0)
     assert refused
@@ -236,9 +235,11 @@ async def test_a_member_that_may_not_be_killed_does_not_save_the_others(
 async def test_a_program_out_of_descriptors_still_ends_its_server(
     fake_server: Callable[[str], Path],
 ) -> None:
-    script = fake_server("trap '' TERM; sleep 100 & while :; do sleep 0.01; done")
+    script = fake_server(
+        "trap '' TERM; sleep 100 & echo ready; while :; do sleep 0.01; done"
+    )
     process = await ServerProcess.spawn(script, COMMAND)
-    await anyio.sleep(0.2)
+    await wait_until(lambda: ready(process))
     hoard = []
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (200, limits[1]))
@@ -267,7 +268,7 @@ async def test_a_program_out_of_threads_still_ends_its_server(
     blockbuster.deactivate()  # there is no other way left than to block
     script = fake_server("sleep 100 & wait")
     process = await ServerProcess.spawn(script, COMMAND)
-    await anyio.sleep(0.1)
+    await wait_until(lambda: len(processes_left()) >= 2)
     monkeypatch.setattr(process_module, "run_blocking", no_thread)
     assert await process.end(0) == -signal.SIGKILL
     assert processes_left() == []
