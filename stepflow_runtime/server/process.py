@@ -117,7 +117,7 @@ class ServerProcess:
             # A thread, since a fork and exec takes milliseconds; and since the loopback
             # filter will be a thread's.
             return cls(await run_blocking(handover.spawn, binary, command))
-        except OSError as exc:
+        except (OSError, RuntimeError) as exc:  # RuntimeError: no thread to be had
             raise ServerStartError(_why_not_executed(binary, exc)) from exc
         except BaseException:
             # asyncio's own cancellation does not wait for the thread, as anyio's does.
@@ -266,14 +266,15 @@ def _discard(child: Child) -> None:
     child.close()
 
 
-def _why_not_executed(binary: Path, exc: OSError) -> str:
-    if exc.errno == errno.ENOEXEC:
+def _why_not_executed(binary: Path, exc: OSError | RuntimeError) -> str:
+    number = exc.errno if isinstance(exc, OSError) else None
+    if number == errno.ENOEXEC:
         return (
-            f"{binary} is not a program for this platform ({exc.strerror}). Install the "
+            f"{binary} is not a program for this platform (Exec format error). Install the "
             "wheel of stepflow-orchestrator for this platform, or name another binary with "
             "binary= or STEPFLOW_SERVER_BINARY."
         )
-    if exc.errno == errno.ENOENT:
+    if number == errno.ENOENT:
         return (
             f"{binary} cannot be executed: it, or the loader that it was linked for, does "
             "not exist here (a binary for another C library?). Name another binary with "

@@ -115,16 +115,13 @@ class Supervisor:
             async with quiet_task_group() as tasks:
                 tasks.start_soon(self._supervise, tasks)
                 await self.wait_ready()
-                try:
-                    yield
-                finally:
-                    self.stop_serving()
+                yield
         finally:
             self.stop_serving()
             self._finish()
 
     def stop_serving(self) -> None:
-        """Let no call begin any more; the first thing that the end does."""
+        """Let no call begin any more: the first thing to do when the block ends."""
         self._limit_telling()
         if self.state not in (RuntimeState.STOPPED, RuntimeState.FAILED):
             self._ready = None
