@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, TypeVarTuple, Unpack
 
 import anyio
 import anyio.to_thread
@@ -24,6 +24,10 @@ from .transport import Response, Transport
 __all__ = ["StepflowClient"]
 
 T = TypeVar("T")
+Args = TypeVarTuple("Args")
+
+# Threads that look after workflow files.
+_FILE_THREADS: Final = 4
 
 # The server answers a waiting request at once for a run that is paused.
 _STILL_RUNNING_PAUSE: Final = 0.1
@@ -38,6 +42,7 @@ class StepflowClient:
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
+        self._threads = anyio.CapacityLimiter(_FILE_THREADS)
         self._flow_ids: dict[bytes | flows.FileKey, str] = {}
 
     async def run(
@@ -78,13 +83,22 @@ class StepflowClient:
             if (known := self._flow_ids.get(key)) is not None:
                 return known
         else:
-            key = await anyio.to_thread.run_sync(flows.stat_key, flows.as_path(flow))
+            key = await self._in_thread(flows.stat_key, flows.as_path(flow))
             if (known := self._flow_ids.get(key)) is not None:
                 return known
-            loaded = await anyio.to_thread.run_sync(flows.load, flow)
+            loaded = await self._in_thread(flows.load, flow)
         flow_id = await self._store(loaded)
         self._remember(key, flow_id)
         return flow_id
+
+    async def _in_thread(
+        self, function: Callable[[Unpack[Args]], T], *args: *Args
+    ) -> T:
+        """Call ``function`` where it may block.
+
+        The program's own threads may all be waiting for this very call.
+        """
+        return await anyio.to_thread.run_sync(function, *args, limiter=self._threads)
 
     async def aclose(self) -> None:
         """Close the way to the server; calls under way fail."""
@@ -165,7 +179,7 @@ def _decoded(decode: Callable[[bytes], T], response: Response) -> T:
         )
     try:
         return decode(response.body)
-    except msgspec.DecodeError as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
         raise ApiError(
             "the server's answer is not of the shape that this version knows "
             f"({response.content_type or 'no content type'}: {exc}); it supports "

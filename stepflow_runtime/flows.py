@@ -39,7 +39,10 @@ class FileKey:
     """What tells one state of a file from the next."""
 
     path: str
+    device: int
+    inode: int
     mtime_ns: int
+    ctime_ns: int
     size: int
 
 
@@ -76,9 +79,18 @@ def stat_key(path: Path) -> FileKey:
     """
     try:
         status = os.stat(path)
-    except OSError as exc:
+    except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
         raise _not_found(path, exc) from exc
-    return FileKey(str(path), status.st_mtime_ns, status.st_size)
+    # The path as it is written is not enough, nor are time and size: the working
+    # directory can change, and a file can be put in another's place with its times.
+    return FileKey(
+        str(path),
+        status.st_dev,
+        status.st_ino,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+        status.st_size,
+    )
 
 
 def as_path(flow: object) -> Path:
@@ -143,12 +155,12 @@ def _is_u32(value: object) -> bool:
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
-    except OSError as exc:
+    except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
         raise _not_found(path, exc) from exc
 
 
-def _not_found(path: Path, exc: OSError) -> FlowNotFoundError:
-    reason = exc.strerror or exc
+def _not_found(path: Path, exc: OSError | ValueError) -> FlowNotFoundError:
+    reason = getattr(exc, "strerror", None) or exc
     return FlowNotFoundError(
         f"cannot read the workflow file {path}: {reason} (working directory: "
         f"{_working_directory()})",

@@ -158,8 +158,8 @@ class StepflowRuntime(AsyncContextManagerMixin):
     ) -> FlowResult:
         """Run a workflow and wait for its end.
 
-        The workflow is sent to the server once and then known by its content (by path,
-        modification time and size, if it is a file).
+        The workflow is sent to the server once and then known by its content (by what
+        ``stat`` says of it, if it is a file).
 
         :param flow: the path of a YAML or JSON file, or the document as a mapping
         :param input: the flow's input, any value that JSON can carry

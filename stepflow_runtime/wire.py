@@ -188,6 +188,12 @@ def run_request(
     """
     body: dict[str, Any] = {"flowId": flow_id, "input": inputs, "wait": True}
     if overrides:
+        for step, value in overrides.items():
+            if not isinstance(value, Mapping):
+                raise TypeError(
+                    f"overrides[{step!r}] must be a mapping of the step's properties, like "
+                    f'{{"input": ...}}, not {type(value).__name__}'
+                )
         steps = {step: {"value": value} for step, value in overrides.items()}
         body["overrides"] = {"steps": steps}
     if variables:
@@ -199,7 +205,7 @@ def fault_of(body: bytes) -> ApiFault:
     """The server's error, or an ``ApiFault`` that carries the plain text it sent."""
     try:
         return _decode_fault(body).error
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return ApiFault(message=body.decode(errors="replace").strip())
 
 

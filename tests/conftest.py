@@ -12,6 +12,7 @@ from typing import Any
 import anyio
 import psutil
 import pytest
+import sniffio
 import uvloop
 from blockbuster import BlockBuster, blockbuster_ctx
 from hypothesis import settings
@@ -69,9 +70,25 @@ def anyio_backend(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
+class _AnyAsyncLibrary:
+    """Stands in for asyncio in blockbuster, which by itself does not know trio."""
+
+    @staticmethod
+    def get_running_loop() -> object:
+        try:
+            return asyncio.get_running_loop()
+        except RuntimeError:
+            pass
+        try:
+            return sniffio.current_async_library()
+        except sniffio.AsyncLibraryNotFoundError:
+            raise RuntimeError("nothing async is running in this thread") from None
+
+
 @pytest.fixture(autouse=True)
-def blockbuster() -> Iterator[BlockBuster]:
-    """A blocking call of ours in async code fails the test."""
+def blockbuster(monkeypatch: pytest.MonkeyPatch) -> Iterator[BlockBuster]:
+    """A blocking call of ours in async code fails the test, under trio too."""
+    monkeypatch.setattr("blockbuster.blockbuster.asyncio", _AnyAsyncLibrary)
     with blockbuster_ctx(
         scanned_modules=[stepflow_runtime], excluded_modules=["logging"]
     ) as blocking:

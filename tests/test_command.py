@@ -27,6 +27,11 @@ def command(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str
     )
 
 
+def unwrapped(text: str) -> str:
+    """A message without the box that it is shown in."""
+    return " ".join(text.replace("│", " ").split())
+
+
 def test_run_prints_the_result_as_json() -> None:
     done = command("run", str(EXAMPLES / "greeting.yaml"), "--input", '{"name":"Ada"}')
     assert done.returncode == 0, done.stderr
@@ -90,8 +95,53 @@ def test_what_is_wrong_is_told_on_stderr(
     done = command("run", *arguments)
     assert done.returncode == code
     assert done.stdout == ""
-    assert words in " ".join(done.stderr.replace("│", " ").split())
+    assert words in unwrapped(done.stderr)
     assert "Traceback" not in done.stderr
+
+
+def test_a_failed_flow_says_why_on_stderr(tmp_path: Path) -> None:
+    """The result itself says "error routing component", and not which."""
+    flow = tmp_path / "flow.yaml"
+    flow.write_text("steps: [{id: a, component: /nooop}]\noutput: {$step: a}\n")
+    done = command("run", str(flow))
+    assert done.returncode == 1
+    assert "No matching component for path: /nooop" in done.stderr
+    assert "backtrace" not in done.stderr
+
+
+@pytest.mark.parametrize("file", [True, False])
+def test_input_that_is_not_utf_8_is_refused(tmp_path: Path, file: bool) -> None:
+    (tmp_path / "in.json").write_bytes(b'"\xe9"')
+    option = ("--input-file", str(tmp_path / "in.json")) if file else ("-i", '"\udce9"')
+    done = command("run", "x", *option)
+    assert done.returncode == 2
+    assert "is not JSON" in unwrapped(done.stderr)
+
+
+OFFLINE = """
+import ctypes, fcntl, os, socket, struct, sys
+CLONE_NEWUSER, CLONE_NEWNET, SIOCSIFFLAGS, IFF_UP = 0x10000000, 0x40000000, 0x8914, 1
+if ctypes.CDLL(None).unshare(CLONE_NEWUSER | CLONE_NEWNET):
+    sys.exit(77)
+with socket.socket() as any_socket:
+    fcntl.ioctl(any_socket, SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", IFF_UP))
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
+def test_nothing_is_downloaded_at_run_time() -> None:
+    """In a network name space of its own there is nowhere to download from."""
+    done = subprocess.run(
+        [sys.executable, "-c", OFFLINE, sys.executable, "-m", "stepflow_runtime.cli"]
+        + ["run", str(EXAMPLES / "nested.yaml"), "-i", '{"value": 1}'],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    if done.returncode == 77:
+        pytest.skip("network name spaces are not to be had here")
+    assert json.loads(done.stdout)["outcome"] == "success", done.stderr
 
 
 def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:

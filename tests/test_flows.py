@@ -20,7 +20,7 @@ from stepflow_runtime import (
     InvalidFlowError,
     StepflowRuntime,
 )
-from stepflow_runtime.flows import load, parse, without_retry_limits
+from stepflow_runtime.flows import load, parse, stat_key, without_retry_limits
 
 from .conftest import EXAMPLES, each_backend
 
@@ -153,6 +153,9 @@ def test_a_missing_file_says_where_it_was_looked_for(tmp_path: Path) -> None:
     assert caught.value.source == str(tmp_path / "nope.yaml")
     with pytest.raises(FlowNotFoundError, match="Is a directory"):
         load(str(tmp_path))
+    for function in (load, stat_key):
+        with pytest.raises(FlowNotFoundError, match="null byte"):
+            function(Path("a\0b"))
 
 
 def test_other_things_are_no_workflow() -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -311,6 +314,60 @@ async def test_a_server_that_hangs_is_killed_and_counts_as_crashed() -> None:
         with pytest.raises(ServerCrashedError, match="answered no health requests"):
             await runtime.run(ECHO)
         assert runtime.last_exit is not None and runtime.last_exit.was_hung
+
+
+@each_backend
+async def test_a_blocked_event_loop_does_not_make_the_server_look_hung() -> None:
+    """Health requests time out, but because nobody here looked at the answers."""
+    async with StepflowRuntime.start(
+        health_interval=0.02, health_timeout=0.05, max_health_failures=1
+    ) as runtime:
+        for _ in range(15):
+            time.sleep(0.15)  # noqa: ASYNC251 - that is the point
+            await anyio.sleep(0.001)
+        assert runtime.state is RuntimeState.READY
+        assert (await runtime.run(ECHO, 1)).output == 1
+
+
+@each_backend
+async def test_a_crash_is_not_taken_for_a_hang() -> None:
+    """Although health requests fail between the crash and its discovery."""
+    for _ in range(5):
+        async with StepflowRuntime.start(
+            health_interval=0.001, max_health_failures=1
+        ) as runtime:
+            assert runtime.pid is not None
+            os.kill(runtime.pid, signal.SIGABRT)
+            with pytest.raises(ServerCrashedError, match="was killed by SIGABRT"):
+                await runtime.run(ECHO, 1)
+                await runtime.run(ECHO, 1)
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_on_crash_that_blocks_does_not_keep_the_program(backend: str) -> None:
+    program = f"""
+import anyio, os, signal, time
+from stepflow_runtime import ServerCrashedError, StepflowRuntime
+
+async def main():
+    runtime = StepflowRuntime.start(on_crash=lambda code: time.sleep(600), shutdown_timeout=0.2)
+    try:
+        async with runtime:
+            os.kill(runtime.pid, signal.SIGKILL)
+            await runtime.run({{"output": 1}})
+    except ServerCrashedError:
+        print("left")
+
+anyio.run(main, backend={backend!r})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout == "left\n"
 
 
 @each_backend

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.from_thread
+import anyio.to_thread
 import pytest
 
 from stepflow_runtime import (
@@ -56,6 +59,53 @@ async def test_a_flow_file_that_changes_is_read_again(tmp_path: Path) -> None:
         assert (await runtime.run(path)).output == 1
         path.write_text(json.dumps({**ECHO, "output": "two"}))
         assert (await runtime.run(path)).output == "two"
+
+
+@each_backend
+async def test_a_file_put_in_anothers_place_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another inode or directory: name, size and modification time are the same."""
+    for name, output in (("a", 1), ("b", 2), ("other", 3)):
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / "flow.json"
+        path.write_text(json.dumps({**ECHO, "output": output}))
+        os.utime(path, (1, 1))
+    async with StepflowRuntime.start() as runtime:
+        for name, output in (("a", 1), ("b", 2)):
+            monkeypatch.chdir(tmp_path / name)
+            assert (await runtime.run("flow.json")).output == output
+        os.replace(tmp_path / "other" / "flow.json", "flow.json")
+        assert (await runtime.run("flow.json")).output == 3
+
+
+@each_backend
+async def test_threads_of_the_program_can_all_wait_for_runs() -> None:
+    """As the synchronous endpoints of a web framework do."""
+
+    def endpoint() -> None:
+        result = anyio.from_thread.run(
+            runtime.run, EXAMPLES / "nested.yaml", {"value": 1}
+        )
+        outputs.append(result.output)
+
+    outputs: list[Any] = []
+    threads = int(anyio.to_thread.current_default_thread_limiter().total_tokens)
+    async with StepflowRuntime.start() as runtime:
+        with anyio.fail_after(30):
+            async with anyio.create_task_group() as tasks:
+                for _ in range(threads + 5):
+                    tasks.start_soon(partial(anyio.to_thread.run_sync, endpoint))
+    assert outputs == [{"inner": {"wrapped": 1}}] * (threads + 5)
+
+
+@each_backend
+async def test_what_cannot_be_sent_is_refused() -> None:
+    async with StepflowRuntime.start() as runtime:
+        with pytest.raises(TypeError, match="object cannot be written as JSON"):
+            await runtime.run(ECHO, object())
+        with pytest.raises(TypeError, match=r"overrides\['a'\] must be a mapping"):
+            await runtime.run(ECHO, 1, {"a": 5})  # type: ignore[dict-item]
 
 
 async def test_a_failed_flow_is_a_result_and_unwrap_raises() -> None:
@@ -328,18 +378,26 @@ async def test_ten_thousand_runs_at_level_trace_do_not_stall(
 ) -> None:
     """The official launcher, which drains no pipe, freezes at run 39."""
     caplog.set_level("ERROR")
-    async with StepflowRuntime.start(log_config=LogConfig(level="trace")) as runtime:
-        done = 0
+    logs = LogConfig(level="trace", keep=1_000_000)
+    async with StepflowRuntime.start(log_config=logs) as runtime:
+        runs: set[str] = set()
 
         async def run_many() -> None:
-            nonlocal done
             for number in range(500):
-                assert (await runtime.run(ECHO, number)).output == number
-                done += 1
+                result = await runtime.run(ECHO, number)
+                assert result.output == number
+                runs.add(result.run_id)
 
-        async with anyio.create_task_group() as tasks:
-            for _ in range(20):
-                tasks.start_soon(run_many)
-        assert done == 10_000
-        # Nothing in between was lost: the ring's last entries are of the last runs.
-        assert len(runtime.get_recent_logs(5000)) == LogConfig().keep
+        with anyio.fail_after(240):
+            async with anyio.create_task_group() as tasks:
+                for _ in range(20):
+                    tasks.start_soon(run_many)
+    assert len(runs) == 10_000
+    # Nothing was lost: each run's last line is there, once.
+    ended = [
+        entry.run_id
+        for entry in runtime.get_recent_logs(1_000_000)
+        if entry.message.startswith("Items execution completed")
+    ]
+    assert len(ended) == 10_000
+    assert set(ended) == runs

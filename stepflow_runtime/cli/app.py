@@ -7,6 +7,7 @@ command, its input or the workflow is wrong, 3 the server could not be started o
 
 from __future__ import annotations
 
+import os
 import sys
 from enum import IntEnum
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..errors import ServerError, StepflowError
 from ..executor import FlowResult, FlowStatus
 from ..logs.config import LogConfig
 from ..runtime import StepflowRuntime
+from ..server.diagnosis import causes, without_ansi
 
 __all__ = ["app"]
 
@@ -28,6 +30,10 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Run Stepflow workflows on a server that lives as long as the command.",
 )
+
+
+# How many of the newest log entries are searched for what a failed run has to say.
+_LOOK_BACK = 2000
 
 
 class Exit(IntEnum):
@@ -74,6 +80,7 @@ def run(
     try:
         runtime = StepflowRuntime.start(config, log_config=_log_config(log_level))
         result = anyio.run(_run, runtime, flow, value, variables)
+        _tell_why(result, runtime)
     except ServerError as exc:
         raise _failed(exc, Exit.SERVER_FAILED) from None
     except StepflowError as exc:
@@ -89,6 +96,17 @@ async def _run(
 ) -> FlowResult:
     async with runtime:
         return await runtime.run(flow, value, variables=variables)
+
+
+def _tell_why(result: FlowResult, runtime: StepflowRuntime) -> None:
+    """The result says little of why a flow failed ("step failed"); the log says more."""
+    if result.is_success:
+        return
+    for entry in runtime.get_recent_logs(_LOOK_BACK):
+        if entry.stream == "stderr":  # a worker's traceback, perhaps
+            typer.echo(without_ansi(entry.message), err=True)
+        elif entry.run_id == result.run_id and entry.level in ("WARN", "ERROR"):
+            typer.echo(f"{entry.level}: {': '.join(causes(entry.message))}", err=True)
 
 
 def _described(result: FlowResult) -> dict[str, Any]:
@@ -108,7 +126,7 @@ def _input(text: str | None, file: str | None) -> Any:
     if text is not None and file is not None:
         raise typer.BadParameter("give --input or --input-file, not both")
     if text is not None:
-        return _json(text.encode(), "--input")
+        return _json(os.fsencode(text), "--input")
     if file is None:
         return {}
     try:
@@ -121,7 +139,7 @@ def _input(text: str | None, file: str | None) -> Any:
 def _json(text: bytes, origin: str) -> Any:
     try:
         return msgspec.json.decode(text)
-    except msgspec.DecodeError as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
         raise typer.BadParameter(f"{origin} is not JSON: {exc}") from None
 
 
@@ -130,8 +148,8 @@ def _variable(text: str) -> tuple[str, Any]:
     if not (name and equals):
         raise typer.BadParameter(f"--variable takes NAME=VALUE, not {text!r}")
     try:
-        return name, msgspec.json.decode(value)
-    except msgspec.DecodeError:
+        return name, msgspec.json.decode(os.fsencode(value))
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return name, value
 
 

@@ -10,6 +10,7 @@ lines of a dying server are the ones that matter, until the pipes end or a deadl
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -182,11 +183,16 @@ class Incarnation:
             return None, f"ended before {phase}"
         if port is not None:
             return port, ""
-        trouble = self._worker_trouble or self._health_trouble
-        if not self._worker_trouble:
-            timeout = self._options.startup_timeout
-            trouble = f"after {timeout:g} s (startup_timeout) {trouble}".strip()
-        return None, f"was given up before {phase}: {trouble}"
+        if self._worker_trouble:
+            return None, f"was given up before {phase}: {self._worker_trouble}"
+        trouble = self._health_trouble
+        if 0 in await process.ended_workers():
+            trouble = "; a worker that it started has ended with exit code 0"
+        timeout = self._options.startup_timeout
+        return (
+            None,
+            f"was given up before {phase}: {timeout:g} s (startup_timeout){trouble}",
+        )
 
     async def _cancel_when_ended(self, scope: anyio.CancelScope) -> None:
         await self._ended.wait()
@@ -213,9 +219,9 @@ class Incarnation:
         try:
             response = await transport.request("GET", wire.HEALTH)
         except ConnectionLostError as exc:
-            self._health_trouble = str(exc)
+            self._health_trouble = f"; {exc}"
             return False
-        self._health_trouble = f"it answered {response.status}"
+        self._health_trouble = f"; it answered {response.status}"
         return response.status == 200
 
     # -- health --------------------------------------------------------------------
@@ -228,14 +234,26 @@ class Incarnation:
         try:
             while failures < options.max_health_failures:
                 await anyio.sleep(options.health_interval)
-                healthy = False
-                with anyio.move_on_after(options.health_timeout):
+                with anyio.move_on_after(options.health_timeout) as patience:
                     healthy = await self._is_healthy(transport)
-                failures = 0 if healthy else failures + 1
+                if not patience.cancelled_caught:
+                    failures = 0 if healthy else failures + 1
+                elif not self._was_late(patience.deadline):
+                    failures += 1
         finally:
             await transport.aclose()
+        if self._ended.is_set():
+            return
         self._was_hung = True
         process.kill()
+
+    def _was_late(self, deadline: float) -> bool:
+        """True if it was our own event loop that was held up, and not the server.
+
+        A blocked loop (CPU work in async code, a debugger) lets a time-out fire late, and
+        what the server answered in the meantime was not even looked at.
+        """
+        return anyio.current_time() - deadline > self._options.health_timeout / 10
 
     # -- the end -------------------------------------------------------------------
 
@@ -245,7 +263,8 @@ class Incarnation:
             code=self._code,
             pid=self._process.pid if self._process else 0,
             uptime=self._ready_until - since if since is not None else 0.0,
-            was_hung=self._was_hung,
+            # Unless it came to another end just before we killed it.
+            was_hung=self._was_hung and self._code == -signal.SIGKILL,
             recent_logs=tuple(self._logs.since(self._logs_before)[-_LAST_ENTRIES:]),
         )
 

@@ -28,6 +28,8 @@ DEFAULT_CONFIG: Final[Mapping[str, Any]] = {
 # What a pipe can hold, by the kernel's default limit.
 MAX_CONFIG: Final = 1024 * 1024
 
+_FOREVER: Final = 100 * 365 * 24 * 3600
+
 _PREFIX: Final = "STEPFLOW_"
 _LOOPBACK_HOSTS: Final = ("127.0.0.1", "localhost", "::1")
 _PROXY_VARIABLES: Final = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy")
@@ -233,5 +235,7 @@ def _check_whole(name: str, value: object, least: int, most: float = math.inf) -
 def _check_seconds(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number of seconds, not {value!r}")
-    if not value > 0 or math.isnan(value):
-        raise ValueError(f"{name} must be more than 0 seconds, not {value}")
+    if value != math.inf and not 0 < value < _FOREVER:
+        raise ValueError(
+            f"{name} must be more than 0 seconds and less than a century, or infinite"
+        )

@@ -23,9 +23,9 @@ import msgspec
 from ..errors import ServerStartError
 from ..logs.entry import LogEntry
 from ..logs.own import report
+from ..threads import run_blocking
 from .options import Command
 from .platform import Child, spawn
-from .threads import run_blocking
 
 __all__ = ["ServerExit", "ServerProcess"]
 
@@ -153,11 +153,15 @@ class ServerProcess:
         before = None
         while True:
             await anyio.sleep(_WORKER_WATCH)
-            code = await run_blocking(self._child.failed_worker)
+            code = next(filter(None, await self.ended_workers()), None)
             if code is not None and code == before:
                 return code
             # Seen once, it can be a helper that the server is about to reap.
             before = code
+
+    async def ended_workers(self) -> list[int]:
+        """Return the exit codes of the children of the process that have ended."""
+        return await run_blocking(self._child.ended_workers)
 
     def kill(self) -> None:
         """Kill the process, and it alone; :meth:`end` does the rest."""

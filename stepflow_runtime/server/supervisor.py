@@ -36,6 +36,7 @@ from ..errors import (
 )
 from ..logs.own import report
 from ..logs.sinks import LogHub
+from ..threads import run_abandonable, run_blocking
 from . import restart
 from .binary import find_binary
 from .diagnosis import last_words
@@ -43,7 +44,6 @@ from .groups import quiet_task_group
 from .incarnation import Incarnation
 from .options import ServerOptions
 from .process import ServerExit
-from .threads import run_blocking
 
 __all__ = ["Ready", "RuntimeState", "Supervisor"]
 
@@ -264,10 +264,7 @@ class Supervisor:
         self._telling.append(scope)
         try:
             with scope:
-                # In a tuple, because trio suspects a function that returns a coroutine.
-                (told,) = await run_blocking(
-                    lambda: (on_crash(code),), abandon_on_cancel=True
-                )
+                told = await run_abandonable(on_crash, code)
                 if inspect.isawaitable(told):
                     await told
         except Exception as exc:  # noqa: BLE001 - the user's function

@@ -80,8 +80,10 @@ class LoopbackTransport:
         try:
             stream = await anyio.connect_tcp(HOST, self._port)
         except OSError as exc:
+            # anyio's own text ("All connection attempts failed") keeps the reason back.
             raise ConnectionLostError(
-                f"no connection to the server on {HOST}:{self._port}: {exc}",
+                f"no connection to the server on {HOST}:{self._port}: "
+                f"{exc.__cause__ or exc}",
                 unsent=True,
             ) from exc
         connection = _Connection(stream)

@@ -18,7 +18,7 @@ __all__ = ["Child", "spawn"]
 class Child(Protocol):
     """A spawned process and its session.
 
-    Only :meth:`sweep` and :meth:`failed_worker` block; they are for a worker thread.
+    Only :meth:`sweep` and :meth:`ended_workers` block; they are for a worker thread.
     """
 
     pid: int
@@ -47,11 +47,10 @@ class Child(Protocol):
         """
         ...
 
-    def failed_worker(self) -> int | None:
-        """Return the exit code of a child of the process that failed, if there is one.
+    def ended_workers(self) -> list[int]:
+        """Return the exit codes of the children of the process that have ended.
 
-        Blocks for the time of a look at the process list. None where the system does not
-        tell.
+        Blocks for the time of a look at the process list.
         """
         ...
 

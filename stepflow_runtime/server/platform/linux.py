@@ -20,8 +20,8 @@ from pathlib import Path
 import anyio
 import psutil
 
+from ...threads import run_abandonable
 from ..options import Command
-from ..threads import run_blocking
 
 __all__ = ["LinuxChild", "spawn"]
 
@@ -42,20 +42,27 @@ def spawn(binary: Path, command: Command) -> LinuxChild:
 
     :raises OSError: if it cannot be executed
     """
-    stdin = _stdin(command.stdin)
+    # A sweep reads /proc, and must be able to when the program is out of descriptors.
+    # Opened first: after the spawn nothing may fail before somebody owns the process.
+    spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        process = subprocess.Popen(
-            [str(binary), *command.argv],
-            stdin=stdin,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            bufsize=0,
-            env=dict(command.env),
-            start_new_session=True,
-        )
-    finally:
-        os.close(stdin)
-    return LinuxChild(process)
+        stdin = _stdin(command.stdin)
+        try:
+            process = subprocess.Popen(
+                [str(binary), *command.argv],
+                stdin=stdin,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                bufsize=0,
+                env=dict(command.env),
+                start_new_session=True,
+            )
+        finally:
+            os.close(stdin)
+    except BaseException:
+        os.close(spare)
+        raise
+    return LinuxChild(process, spare)
 
 
 def _stdin(content: bytes | None) -> int:
@@ -82,7 +89,7 @@ def _stdin(content: bytes | None) -> int:
 
 
 class LinuxChild:
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], spare: int) -> None:
         assert process.stdout is not None and process.stderr is not None
         self._process = process
         self.pid = process.pid
@@ -91,8 +98,7 @@ class LinuxChild:
         os.set_blocking(self.stdout, False)
         os.set_blocking(self.stderr, False)
         self._pidfd = _pidfd_of(process.pid)
-        # A sweep reads /proc, and must be able to when the program is out of descriptors.
-        self._spare: int | None = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self._spare: int | None = spare
 
     async def wait_exit(self) -> None:
         if self._process.returncode is not None:
@@ -100,7 +106,7 @@ class LinuxChild:
         if self._pidfd is not None:
             await anyio.wait_readable(self._pidfd)
         else:
-            await run_blocking(self._wait_unreaped, abandon_on_cancel=True)
+            await run_abandonable(self._wait_unreaped)
 
     def terminate(self) -> None:
         self._signal(signal.SIGTERM)
@@ -120,12 +126,13 @@ class LinuxChild:
                 break
         return len(members)
 
-    def failed_worker(self) -> int | None:
+    def ended_workers(self) -> list[int]:
         try:
             children = psutil.Process(self.pid).children()
         except (psutil.Error, OSError):
-            return None
-        return next(filter(None, (_failure_of(child.pid) for child in children)), None)
+            return []
+        codes = (_exit_code_of_zombie(child.pid) for child in children)
+        return [code for code in codes if code is not None]
 
     def reap(self) -> int | None:
         if self._process.returncode is None and not self._holds_its_pid():
@@ -228,8 +235,7 @@ def _is_alive(pid: int) -> bool:
         return True  # it does not tell; a signal too many does no harm to a zombie
 
 
-def _failure_of(pid: int) -> int | None:
-    """The exit code of a zombie; 0 and None for one that ended well, or lives."""
+def _exit_code_of_zombie(pid: int) -> int | None:
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:  # gone, or a system without /proc
