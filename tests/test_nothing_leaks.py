@@ -224,11 +224,14 @@ async def test_asyncio_timeout_and_wait_for_work_as_they_should() -> None:
 async def test_a_worker_goes_with_the_server(worker_env: dict[str, str]) -> None:
     """The server waits for its workers, and an idle worker does not mind SIGTERM."""
     config = EXAMPLES / "python_worker" / "stepflow-config.yml"
-    async with StepflowRuntime.start(config, env=worker_env) as runtime:
-        assert runtime.pid is not None
-        workers = psutil.Process(runtime.pid).children()
-        assert len(workers) == 1
-        await runtime.run(config.parent / "shout.yaml", {"text": "x"})
+    # Far more patience than it may take: the worker is not waited for until that is over.
+    runtime = StepflowRuntime.start(config, env=worker_env, shutdown_timeout=600)
+    with anyio.fail_after(60):
+        async with runtime:
+            assert runtime.pid is not None
+            workers = psutil.Process(runtime.pid).children()
+            assert len(workers) == 1
+            await runtime.run(config.parent / "shout.yaml", {"text": "x"})
     assert not workers[0].is_running() or workers[0].status() == psutil.STATUS_ZOMBIE
     messages = [entry.message for entry in runtime.get_recent_logs(2000)]
     assert any("Graceful shutdown complete" in message for message in messages)

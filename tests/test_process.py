@@ -93,16 +93,16 @@ async def test_a_fork_bomb_of_a_worker_is_swept_too(
 async def test_a_lost_sigterm_is_repeated(
     fake_server: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """A server that is still putting its signal handling together loses the first."""
+    """A server that is still putting its signal handling together loses the first ones."""
     script = fake_server(
         f"trap 'echo x >> {tmp_path}/terms; "
-        f"[ $(wc -l < {tmp_path}/terms) = 2 ] && exit 0' TERM\n"
+        f"[ $(wc -l < {tmp_path}/terms) = 5 ] && exit 0' TERM\n"
         "echo ready; while :; do sleep 0.01; done"
     )
     process = await ServerProcess.spawn(script, COMMAND)
     await wait_until(lambda: ready(process))
     assert await process.end(30) == 0
-    assert (tmp_path / "terms").read_text() == "x\nx\n"
+    assert (tmp_path / "terms").read_text() == "x\n" * 5
     process.close()
 
 
@@ -292,3 +292,24 @@ async def test_the_programs_own_threads_do_not_delay_the_end(
             assert await process.end(1) == -signal.SIGTERM
             process.close()
         free.set()
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("pause", [0.0, 0.01, 0.05])
+async def test_an_end_that_is_interrupted_begins_again(
+    fake_server: Callable[[str], Path], pause: float
+) -> None:
+    """No shield stops asyncio's own cancellation, however often it comes."""
+    script = fake_server(
+        "trap '' TERM; sleep 100 & echo ready; while :; do sleep 0.01; done"
+    )
+    process = await ServerProcess.spawn(script, COMMAND)
+    await wait_until(lambda: ready(process))
+    task = asyncio.ensure_future(process.end(0.3))
+    for _ in range(4):
+        await asyncio.sleep(pause)
+        task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert processes_left() == []
+    process.close()
