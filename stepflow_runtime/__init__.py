@@ -29,7 +29,8 @@ from .logs.entry import LogEntry as LogEntry
 from .runtime import StepflowRuntime as StepflowRuntime
 from .server.process import ServerExit as ServerExit
 from .server.restart import RestartPolicy as RestartPolicy
-from .server.supervisor import RuntimeState as RuntimeState
+from .server.state import RuntimeState as RuntimeState
+from .server.state import StateChange as StateChange
 
 __version__ = "0.1.0"
 

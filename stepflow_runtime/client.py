@@ -3,16 +3,18 @@
 Contract: it turns calls into requests and answers into values; it knows neither how
 bytes travel (``transport``) nor what the fields are called (``wire``). One client
 speaks to one life of one server: what it remembers of the flows it stored holds as long
-as that server's store does.
+as that server's store does. Tasks of several event loops, in several threads, may use one.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from typing import Any, Final, TypeVar, TypeVarTuple, Unpack
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 import msgspec
 
@@ -42,8 +44,8 @@ class StepflowClient:
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
-        self._threads = anyio.CapacityLimiter(_FILE_THREADS)
         self._flow_ids: dict[bytes | flows.FileKey, str] = {}
+        self._lock = threading.Lock()
 
     async def run(
         self,
@@ -98,7 +100,7 @@ class StepflowClient:
 
         The program's own threads may all be waiting for this very call.
         """
-        return await anyio.to_thread.run_sync(function, *args, limiter=self._threads)
+        return await anyio.to_thread.run_sync(function, *args, limiter=_threads())
 
     async def aclose(self) -> None:
         """Close the way to the server; calls under way fail."""
@@ -158,9 +160,25 @@ class StepflowClient:
         )
 
     def _remember(self, key: bytes | flows.FileKey, flow_id: str) -> None:
-        while len(self._flow_ids) >= _REMEMBERED_FLOWS:
-            del self._flow_ids[next(iter(self._flow_ids))]
-        self._flow_ids[key] = flow_id
+        with self._lock:
+            while len(self._flow_ids) >= _REMEMBERED_FLOWS:
+                del self._flow_ids[next(iter(self._flow_ids))]
+            self._flow_ids[key] = flow_id
+
+
+_file_threads: anyio.lowlevel.RunVar[anyio.CapacityLimiter] = anyio.lowlevel.RunVar(
+    "stepflow_runtime file threads"
+)
+
+
+def _threads() -> anyio.CapacityLimiter:
+    """The limit of this event loop: a limiter belongs to one."""
+    try:
+        return _file_threads.get()
+    except LookupError:
+        limiter = anyio.CapacityLimiter(_FILE_THREADS)
+        _file_threads.set(limiter)
+        return limiter
 
 
 def _decoded(decode: Callable[[bytes], T], response: Response) -> T:

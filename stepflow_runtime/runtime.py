@@ -1,16 +1,21 @@
 """StepflowRuntime: the handle that a user holds.
 
 Thin: it joins a supervisor, which sees to it that a server is there, and a client, which
-speaks to it. What it adds is the meaning of a broken connection: never a bare connection
+speaks to it. What it adds is where the supervisor lives (in a block of the caller's, or in
+a thread of its own), and the meaning of a broken connection: never a bare connection
 error, but what became of the server.
 """
 
 from __future__ import annotations
 
 import os
+import threading
+import warnings
+import weakref
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
-from typing import Any, Self
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from types import TracebackType
+from typing import Any, Self, Unpack
 
 import anyio
 from anyio import AsyncContextManagerMixin
@@ -19,12 +24,17 @@ from anyio.abc import TaskStatus
 from .client import StepflowClient
 from .errors import ConnectionLostError, RunLostError, RuntimeStoppedError
 from .executor import FlowResult, FlowSource
+from .hosting.portal import Portal
+from .hosting.signals import Watch, unwatch, unwinding_on_sigterm, watch
+from .hosting.tasks import SameTask
 from .logs.config import LogConfig
 from .logs.entry import LogEntry
-from .server.options import ServerOptions
+from .loops import in_event_loop
+from .server.options import ServerOptions, StartOptions, check_seconds
 from .server.process import ServerExit
 from .server.restart import RestartPolicy
-from .server.supervisor import Ready, RuntimeState, Supervisor
+from .server.state import RuntimeState, StateChange
+from .server.supervisor import Ready, Supervisor
 from .transport.loopback import HOST, LoopbackTransport
 
 __all__ = ["StepflowRuntime"]
@@ -33,20 +43,31 @@ __all__ = ["StepflowRuntime"]
 class StepflowRuntime(AsyncContextManagerMixin):
     """A Stepflow server inside this program.
 
-    Made by :meth:`start`, and started when it is entered::
+    Made by :meth:`start`. In an event loop the server starts when the handle is entered::
 
         async with StepflowRuntime.start() as runtime:
             result = await runtime.run("workflow.yaml", {"x": 1})
 
-    or when it is hosted as a task: ``await task_group.start(runtime.serve)``. Works the
-    same under asyncio and trio. When it is left, by whatever way, the server and
-    everything it spawned is gone.
+    or hosted as a task, ``await task_group.start(runtime.serve)``, or else with the first
+    call, in a background thread. Outside of one it is READY when :meth:`start` returns, in
+    a background thread too::
+
+        with StepflowRuntime.start() as runtime:
+            result = asyncio.run(runtime.run("workflow.yaml", {"x": 1}))
+
+    A handle may be used from any thread and any event loop, of asyncio and trio. When it
+    is left or stopped, by whatever way, the server and everything it spawned is gone.
     """
 
     def __init__(self, options: ServerOptions) -> None:
-        self._supervisor = Supervisor(options)
-        self._client: StepflowClient | None = None
-        self._client_incarnation = 0
+        self._options = options
+        self._clients = _Clients()
+        self._supervisor = Supervisor(options, on_stopping=self._clients.close)
+        self._owner = os.getpid()
+        self._lock = threading.Lock()
+        self._portal: Portal | None = None
+        self._watch: Watch | None = None
+        self._finalizer: weakref.finalize[..., Any] | None = None
 
     @classmethod
     def start(
@@ -65,11 +86,14 @@ class StepflowRuntime(AsyncContextManagerMixin):
         health_timeout: float = 5.0,
         max_health_failures: int = 3,
         on_crash: Callable[[int], Any] | None = None,
+        handle_signals: bool = True,
         binary: str | os.PathLike[str] | None = None,
     ) -> Self:
-        """Return a handle of a server that starts when the handle is entered.
+        """Start a server, and return its handle.
 
-        Checks the options and does nothing else.
+        In an event loop this only checks the options: the server starts when the handle
+        is entered or served, or, in a background thread, with the first awaited call.
+        Elsewhere it starts in a background thread, and is READY on return.
 
         :param config_path: the path of a Stepflow configuration file, or the configuration
             itself as a mapping (it goes through the server's standard input, never through
@@ -95,39 +119,146 @@ class StepflowRuntime(AsyncContextManagerMixin):
         :param on_crash: called with the exit code (negative: the signal) when the server
             ended unasked: in a thread, and what it returns is awaited if it can be. What it
             raises is logged. When the runtime is left, it has ``shutdown_timeout`` left
+        :param handle_signals: whether SIGTERM unwinds the program (``finally`` blocks run,
+            servers are stopped) before it dies of it. Only if the runtime is started in
+            the main thread, and the program has no handler of its own
         :param binary: the ``stepflow-server`` to use; ``None``: that of the environment
             variable ``STEPFLOW_SERVER_BINARY``, or else the installed one
+        :raises ServerStartError: if it was to start, and did not become READY
         :raises ValueError: naming the option, if a value cannot work
         :raises TypeError: naming the option, if a value is of the wrong kind
         """
-        return cls(
-            ServerOptions(
-                config_path=config_path,
-                port=port,
-                env={} if env is None else env,
-                inherit_env=inherit_env,
-                log_config=LogConfig() if log_config is None else log_config,
-                restart_policy=restart_policy,
-                max_restarts=max_restarts,
-                startup_timeout=startup_timeout,
-                shutdown_timeout=shutdown_timeout,
-                health_interval=health_interval,
-                health_timeout=health_timeout,
-                max_health_failures=max_health_failures,
-                on_crash=on_crash,
-                binary=binary,
+        runtime = cls(
+            ServerOptions.of(
+                config_path,
+                {
+                    "port": port,
+                    "env": env,
+                    "inherit_env": inherit_env,
+                    "log_config": log_config,
+                    "restart_policy": restart_policy,
+                    "max_restarts": max_restarts,
+                    "startup_timeout": startup_timeout,
+                    "shutdown_timeout": shutdown_timeout,
+                    "health_interval": health_interval,
+                    "health_timeout": health_timeout,
+                    "max_health_failures": max_health_failures,
+                    "on_crash": on_crash,
+                    "handle_signals": handle_signals,
+                    "binary": binary,
+                },
             )
         )
+        if not in_event_loop():
+            runtime._start_in_thread()
+        return runtime
+
+    @classmethod
+    async def start_async(
+        cls,
+        config_path: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+        **options: Unpack[StartOptions],
+    ) -> Self:
+        """Start a server in a background thread, and return its handle when it is READY.
+
+        Takes what :meth:`start` takes. The handle belongs to no task: it may be stopped, by
+        :meth:`stop_async` or :meth:`stop`, in another task, thread or event loop. A
+        cancelled start leaves nothing.
+
+        :raises ServerStartError: if the server does not become READY
+        """
+        runtime = cls(ServerOptions.of(config_path, options))
+        runtime._open_portal()
+        try:
+            await runtime._supervisor.wait_ready()
+        except BaseException:
+            await runtime.stop_async()
+            raise
+        return runtime
+
+    def stop(self, timeout: float | None = None) -> None:
+        """Stop the server, and wait until it is gone.
+
+        To be called as often as one likes, from any thread, task, signal handler or
+        ``atexit``. It blocks for the milliseconds, or seconds, that the server takes; in
+        the event loop that the runtime was entered in, and in ``on_crash``, it only asks
+        for the stop. A runtime inherited by a forked child is not the child's: nothing
+        happens.
+
+        :param timeout: seconds that the server has to end by itself, before it is killed;
+            None: its ``shutdown_timeout``
+        """
+        if not self._prepare_stop(timeout):
+            return
+        if self._portal is not None:
+            self._portal.close(timeout)
+            return
+        supervisor = self._supervisor
+        supervisor.ask_to_stop(timeout)
+        if not supervisor.is_calling():
+            supervisor.journal.block_until(
+                lambda: supervisor.state.is_final, supervisor.longest_stop
+            )
+
+    async def stop_async(self, timeout: float | None = None) -> None:
+        """Stop the server, and wait until it is gone, from any event loop.
+
+        Cancellation waits for the end, which is bounded.
+
+        :param timeout: as for :meth:`stop`
+        """
+        if not self._prepare_stop(timeout):
+            return
+        if self._portal is not None:
+            await self._portal.aclose(timeout)
+            return
+        supervisor = self._supervisor
+        supervisor.ask_to_stop(timeout)
+        with anyio.move_on_after(supervisor.longest_stop, shield=True):
+            await supervisor.journal.wait_until(lambda: supervisor.state.is_final)
+
+    def __enter__(self) -> Self:
+        if in_event_loop():
+            raise RuntimeError(
+                "`with` would block this event loop: use `async with`, or `await "
+                "StepflowRuntime.start_async(...)` and `await runtime.stop_async()`"
+            )
+        self._refuse_in_child()
+        self._start_in_thread()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def __asynccontextmanager__(self) -> AbstractAsyncContextManager[Self]:
+        self._refuse_in_child()
+        if self._portal is not None:
+            return self._hosted()
+        return SameTask(self._entered(), self._supervisor)
 
     @asynccontextmanager
-    async def __asynccontextmanager__(self) -> AsyncIterator[Self]:
-        async with self._supervisor.running():
-            try:
-                yield self
-            finally:
-                # In this order: no call may make a new client after this one is closed.
-                self._supervisor.stop_serving()
-                await self._close_client()
+    async def _entered(self) -> AsyncIterator[Self]:
+        self._supervisor.begin()
+        with unwinding_on_sigterm() if self._options.handle_signals else nullcontext():
+            async with self._supervisor.running():
+                try:
+                    yield self
+                finally:
+                    # Before the tasks are cancelled, so that no call begins any more.
+                    self._supervisor.stop_serving()
+
+    @asynccontextmanager
+    async def _hosted(self) -> AsyncIterator[Self]:
+        try:
+            await self._supervisor.wait_ready()
+            yield self
+        finally:
+            await self.stop_async()
 
     async def serve(
         self, *, task_status: TaskStatus[Self] = anyio.TASK_STATUS_IGNORED
@@ -138,7 +269,8 @@ class StepflowRuntime(AsyncContextManagerMixin):
 
             await nursery.start(runtime.serve)
 
-        returns the handle when the server is READY. Cancellation stops the server.
+        returns the handle when the server is READY. Cancellation stops the server. When it
+        is stopped by :meth:`stop`, the task ends.
 
         :raises ServerStartError: if the server does not become READY
         :raises ServerCrashedError: if the server is lost for good; the task group then
@@ -146,7 +278,7 @@ class StepflowRuntime(AsyncContextManagerMixin):
         """
         async with self:
             task_status.started(self)
-            await self._supervisor.wait_failed()
+            await self._supervisor.wait_over()
 
     async def run(
         self,
@@ -180,8 +312,8 @@ class StepflowRuntime(AsyncContextManagerMixin):
         run itself goes on in the server.
         """
         while True:
-            ready = await self._supervisor.wait_ready()
-            client = await self._client_of(ready)
+            ready = await self._wait_ready()
+            client = self._clients.of(ready)
             try:
                 return await client.run(flow, input, overrides, variables=variables)
             except ConnectionLostError as exc:
@@ -199,7 +331,17 @@ class StepflowRuntime(AsyncContextManagerMixin):
         :raises ServerCrashedError: if it is lost for good
         :raises RuntimeStoppedError: if the runtime is not running
         """
-        await self._supervisor.wait_ready()
+        await self._wait_ready()
+
+    async def state_changes(self) -> AsyncIterator[StateChange]:
+        """Follow the runtime's life: yield how it stands now, and then each change.
+
+        In order, and none is left out, however slow the reader is. Ends after STOPPED or
+        FAILED. Any number of readers may follow, in any event loop; to stop reading needs
+        no closing.
+        """
+        async for change in self._supervisor.journal.follow():
+            yield change
 
     def get_recent_logs(self, limit: int = 100) -> list[LogEntry]:
         """Return the newest log entries of the server and its workers, the newest last.
@@ -220,11 +362,12 @@ class StepflowRuntime(AsyncContextManagerMixin):
 
         :raises RuntimeStoppedError: if the server was never READY
         """
-        if self._supervisor.port is None:
+        port = self._supervisor.journal.now.port
+        if port is None:
             raise RuntimeStoppedError(
                 "the server has no port yet: this runtime is not started"
             )
-        return self._supervisor.port
+        return port
 
     @property
     def url(self) -> str:
@@ -237,42 +380,116 @@ class StepflowRuntime(AsyncContextManagerMixin):
     @property
     def pid(self) -> int | None:
         """The process id of the server, or None while there is none."""
-        return self._supervisor.pid
+        return self._supervisor.journal.now.pid
 
     @property
     def restarts(self) -> int:
         """How many times the server was restarted."""
-        return self._supervisor.restarts
+        return self._supervisor.journal.now.restarts
 
     @property
     def last_exit(self) -> ServerExit | None:
         """How the server last ended unasked, or None if it never did."""
-        return self._supervisor.last_exit
+        return self._supervisor.journal.now.last_exit
 
     def __repr__(self) -> str:
-        state, port = self._supervisor.state.value, self._supervisor.port
-        where = f" at {self.url}" if port is not None else ""
-        return f"<StepflowRuntime {state}{where}>"
+        now = self._supervisor.journal.now
+        where = f" at {self.url}" if now.port is not None else ""
+        return f"<StepflowRuntime {now.state.value}{where}>"
 
-    async def _client_of(self, ready: Ready) -> StepflowClient:
-        """The client of this incarnation: what the last one's had stored, died with it."""
-        if self._client is None or self._client_incarnation != ready.incarnation:
-            before, self._client = (
-                self._client,
-                StepflowClient(LoopbackTransport(ready.port)),
+    # -- where the supervisor lives ------------------------------------------------
+
+    async def _wait_ready(self) -> Ready:
+        self._refuse_in_child()
+        if (ready := self._supervisor.ready) is not None:
+            return ready
+        if self.state is RuntimeState.NEW:
+            self._open_portal()
+        return await self._supervisor.wait_ready()
+
+    def _start_in_thread(self) -> None:
+        self._open_portal()
+        try:
+            self._supervisor.block_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _open_portal(self) -> None:
+        with self._lock:
+            if self._portal is not None or self.state is not RuntimeState.NEW:
+                return
+            if self._options.handle_signals:
+                self._watch = watch()
+            portal = Portal(self._supervisor)
+            self._finalizer = weakref.finalize(
+                self, _stop_forsaken, repr(self), self._supervisor, self._watch
             )
-            self._client_incarnation = ready.incarnation
-            client = self._client
-            await _close(before)
+            # At the end of the program the portal sees to it, for all at a time.
+            self._finalizer.atexit = False
+            portal.open()
+            self._portal = portal
+
+    def _prepare_stop(self, timeout: float | None) -> bool:
+        """False if there is nothing to stop for this process."""
+        if timeout is not None:
+            check_seconds("timeout", timeout)
+        if os.getpid() != self._owner:
+            return False
+        if self._finalizer is not None:
+            self._finalizer.detach()
+        if self._watch is not None:
+            unwatch(self._watch)
+        return True
+
+    def _refuse_in_child(self) -> None:
+        if os.getpid() != self._owner:
+            raise RuntimeStoppedError(
+                f"this runtime belongs to the process {self._owner}, which this one was "
+                "forked from: start one of its own here, or start processes by "
+                'multiprocessing\'s method "spawn"'
+            )
+
+
+def _stop_forsaken(name: str, supervisor: Supervisor, watch: Watch | None) -> None:
+    """Stop the server of a handle that nobody holds any more."""
+    if supervisor.state.is_final:
+        return
+    supervisor.ask_to_stop()
+    if watch is not None:
+        unwatch(watch)
+    warnings.warn(f"{name} was never stopped", ResourceWarning, stacklevel=2)
+
+
+class _Clients:
+    """The client of the server's present incarnation.
+
+    What the last one's had stored, died with it. Apart from the runtime, since the
+    supervisor must not hold that: a handle that nobody holds is noticed so.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._incarnation = 0
+        self._client: StepflowClient | None = None
+        self._transport: LoopbackTransport | None = None
+
+    def of(self, ready: Ready) -> StepflowClient:
+        client = self._client
+        if client is not None and self._incarnation == ready.incarnation:
             return client
-        return self._client
+        with self._lock:
+            if self._client is None or self._incarnation < ready.incarnation:
+                self._close()
+                self._transport = LoopbackTransport(ready.port)
+                self._client = StepflowClient(self._transport)
+                self._incarnation = ready.incarnation
+            return self._client
 
-    async def _close_client(self) -> None:
-        client, self._client = self._client, None
-        await _close(client)
+    def close(self) -> None:
+        with self._lock:
+            self._close()
 
-
-async def _close(client: StepflowClient | None) -> None:
-    if client is not None:
-        with anyio.CancelScope(shield=True):
-            await client.aclose()
+    def _close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()

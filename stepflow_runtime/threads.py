@@ -1,7 +1,9 @@
-"""Worker threads for what blocks, apart from those of the program.
+"""Threads for what blocks, apart from those of the program.
 
-The program's own threads share a limit, and when all of them are busy a call waits: the
-end of a server must not wait for them, and where they wait for us, it would be for ever.
+Contract: a call never waits for a free thread, since the end of a server must not wait
+for the program's own threads, and where they wait for us, it would be for ever. And no
+thread of ours keeps the program from ending: the interpreter joins those of pools before
+it tells anybody that it is about to end.
 """
 
 from __future__ import annotations
@@ -9,13 +11,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
 from typing import TypeVar, TypeVarTuple, Unpack
 
 import anyio
-import anyio.from_thread
 import anyio.lowlevel
-import anyio.to_thread
+
+from .loops import Waker
 
 __all__ = ["run_abandonable", "run_blocking"]
 
@@ -24,10 +25,16 @@ Args = TypeVarTuple("Args")
 
 
 async def run_blocking(function: Callable[[Unpack[Args]], T], *args: *Args) -> T:
-    """Call ``function`` in a thread, at once. Cancellation waits for it."""
-    return await anyio.to_thread.run_sync(
-        function, *args, limiter=anyio.CapacityLimiter(1)
-    )
+    """Call ``function`` in a thread, at once. Cancellation waits for it.
+
+    What it returns is returned: a cancellation in the meantime strikes later.
+
+    :raises RuntimeError: if no thread can be had
+    """
+    await anyio.lowlevel.checkpoint_if_cancelled()
+    with anyio.CancelScope(shield=True):
+        outcome = await run_abandonable(function, *args)
+    return outcome
 
 
 async def run_abandonable(function: Callable[[Unpack[Args]], T], *args: *Args) -> T:
@@ -35,19 +42,19 @@ async def run_abandonable(function: Callable[[Unpack[Args]], T], *args: *Args) -
 
     Cancellation leaves it alone, and so does the end of the program: a function that
     never returns keeps neither from going on.
+
+    :raises RuntimeError: if no thread can be had
     """
     outcome: Future[T] = Future()
-    ended = anyio.Event()
-    token = anyio.lowlevel.current_token()
+    ended = Waker()
 
     def call() -> None:
         try:
             outcome.set_result(function(*args))
         except BaseException as exc:  # noqa: BLE001 - raised where it is waited for
             outcome.set_exception(exc)
-        with suppress(RuntimeError):  # the event loop has ended in the meantime
-            anyio.from_thread.run_sync(ended.set, token=token)
+        ended.wake()
 
-    threading.Thread(target=call, daemon=True).start()
+    threading.Thread(target=call, daemon=True, name="stepflow-runtime worker").start()
     await ended.wait()
     return outcome.result()

@@ -228,10 +228,8 @@ async def test_the_handle_tells_where_the_server_is_and_how_it_fares() -> None:
     assert runtime.pid is None
 
 
-async def test_a_handle_that_is_not_entered_or_was_left_says_so() -> None:
+async def test_a_handle_that_was_left_says_so() -> None:
     runtime = StepflowRuntime.start()
-    with pytest.raises(RuntimeStoppedError, match="enter it with `async with`"):
-        await runtime.run(ECHO)
     async with runtime:
         pass
     with pytest.raises(RuntimeStoppedError, match="is stopped"):

@@ -78,9 +78,7 @@ def run(
     value = _input(input_text, input_file)
     variables = dict(map(_variable, variable or []))
     try:
-        runtime = StepflowRuntime.start(config, log_config=_log_config(log_level))
-        result = anyio.run(_run, runtime, flow, value, variables)
-        _tell_why(result, runtime)
+        result = anyio.run(_run, config, _log_config(log_level), flow, value, variables)
     except ServerError as exc:
         raise _failed(exc, Exit.SERVER_FAILED) from None
     except StepflowError as exc:
@@ -92,10 +90,16 @@ def run(
 
 
 async def _run(
-    runtime: StepflowRuntime, flow: Path, value: Any, variables: dict[str, Any]
+    config: Path | None,
+    log_config: LogConfig,
+    flow: Path,
+    value: Any,
+    variables: dict[str, Any],
 ) -> FlowResult:
-    async with runtime:
-        return await runtime.run(flow, value, variables=variables)
+    async with StepflowRuntime.start(config, log_config=log_config) as runtime:
+        result = await runtime.run(flow, value, variables=variables)
+    _tell_why(result, runtime)
+    return result
 
 
 def _tell_why(result: FlowResult, runtime: StepflowRuntime) -> None:

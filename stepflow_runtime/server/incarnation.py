@@ -46,6 +46,7 @@ _LAST_ENTRIES: Final = 100
 class Incarnation:
     """One life of the server.
 
+    :param grace: how many seconds the server has to end by itself when it is stopped
     :param on_ready: called with pid and port when the server is READY
     :param on_lost: called when the process has ended unasked, before its logs are in
     """
@@ -55,12 +56,14 @@ class Incarnation:
         options: ServerOptions,
         logs: LogHub,
         *,
+        grace: Callable[[], float],
         on_ready: Callable[[int, int], None],
         on_lost: Callable[[], None],
     ) -> None:
         self._options = options
         self._logs = logs
         self._logs_before = logs.taken
+        self._grace_now = grace
         self._on_ready = on_ready
         self._on_lost = on_lost
         self._ended = anyio.Event()
@@ -100,6 +103,11 @@ class Incarnation:
             )
         return exit
 
+    def kill_session(self) -> None:
+        """Kill the process and its session, from any thread. Blocks until they are dead."""
+        if self._process is not None:
+            self._process.kill_session()
+
     def _become_ready(self, process: ServerProcess, port: int) -> None:
         self._ready_since = anyio.current_time()
         self._on_ready(process.pid, port)
@@ -135,7 +143,7 @@ class Incarnation:
 
     def _grace(self) -> float:
         """A server that never was READY owes nothing to anybody: it is killed."""
-        return self._options.shutdown_timeout if self._ready_since is not None else 0.0
+        return self._grace_now() if self._ready_since is not None else 0.0
 
     def _note_end(self) -> None:
         self._ready_until = self._ready_until or anyio.current_time()

@@ -13,12 +13,12 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypedDict
 
 from ..logs.config import LogConfig
 from .restart import RestartPolicy
 
-__all__ = ["Command", "ServerOptions"]
+__all__ = ["Command", "ServerOptions", "StartOptions", "check_seconds"]
 
 DEFAULT_CONFIG: Final[Mapping[str, Any]] = {
     "plugins": {"builtin": {"type": "builtin"}},
@@ -49,6 +49,25 @@ class Command:
     stdin: bytes | None = field(repr=False)
 
 
+class StartOptions(TypedDict, total=False):
+    """The keyword options of :meth:`StepflowRuntime.start`, for those that pass them on."""
+
+    port: int | None
+    env: Mapping[str, str] | None
+    inherit_env: bool
+    log_config: LogConfig | None
+    restart_policy: RestartPolicy
+    max_restarts: int
+    startup_timeout: float
+    shutdown_timeout: float
+    health_interval: float
+    health_timeout: float
+    max_health_failures: int
+    on_crash: Callable[[int], Any] | None
+    handle_signals: bool
+    binary: str | os.PathLike[str] | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServerOptions:
     """The options of one runtime; see :meth:`StepflowRuntime.start` for their meaning.
@@ -73,8 +92,22 @@ class ServerOptions:
     health_timeout: float = 5.0
     max_health_failures: int = 3
     on_crash: Callable[[int], Any] | None = None
+    handle_signals: bool = True
     binary: str | os.PathLike[str] | None = None
     _config_stdin: bytes | None = field(init=False, repr=False, default=None)
+
+    @classmethod
+    def of(
+        cls,
+        config_path: str | os.PathLike[str] | Mapping[str, Any] | None,
+        options: StartOptions,
+    ) -> Self:
+        """The options as ``start`` takes them, where None can stand for the default."""
+        given: dict[str, Any] = {**options}
+        for name in ("env", "log_config"):
+            if given.get(name) is None:
+                given.pop(name, None)
+        return cls(config_path=config_path, **given)
 
     def __post_init__(self) -> None:
         self._check_config()
@@ -85,15 +118,16 @@ class ServerOptions:
         _check_kind("log_config", self.log_config, LogConfig)
         _check_kind("restart_policy", self.restart_policy, RestartPolicy)
         _check_whole("max_restarts", self.max_restarts, 0)
-        _check_seconds("startup_timeout", self.startup_timeout)
-        _check_seconds("shutdown_timeout", self.shutdown_timeout)
-        _check_seconds("health_interval", self.health_interval)
-        _check_seconds("health_timeout", self.health_timeout)
+        check_seconds("startup_timeout", self.startup_timeout)
+        check_seconds("shutdown_timeout", self.shutdown_timeout)
+        check_seconds("health_interval", self.health_interval)
+        check_seconds("health_timeout", self.health_timeout)
         _check_whole("max_health_failures", self.max_health_failures, 1)
         if self.on_crash is not None and not callable(self.on_crash):
             raise TypeError(
                 f"on_crash must be a function or None, not {self.on_crash!r}"
             )
+        _check_kind("handle_signals", self.handle_signals, bool)
         if self.binary is not None:
             _check_kind("binary", self.binary, (str, os.PathLike))
 
@@ -232,7 +266,7 @@ def _check_whole(name: str, value: object, least: int, most: float = math.inf) -
         raise ValueError(f"{name} must be {upto}, not {value}")
 
 
-def _check_seconds(name: str, value: object) -> None:
+def check_seconds(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number of seconds, not {value!r}")
     if value != math.inf and not 0 < value < _FOREVER:

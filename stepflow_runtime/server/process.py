@@ -27,7 +27,7 @@ from ..threads import run_blocking
 from .options import Command
 from .platform import Child, spawn
 
-__all__ = ["ServerExit", "ServerProcess"]
+__all__ = ["LONGEST_KILL", "ServerExit", "ServerProcess"]
 
 # A SIGTERM that arrives while the server is still putting its signal handling together
 # is lost: rarely right after the port line, often on a busy machine. So it is repeated;
@@ -45,6 +45,9 @@ _WORKER_WATCH: Final = 0.5
 # After SIGKILL the kernel needs milliseconds. A process in uninterruptible sleep (a dead
 # network file system) can take for ever, and must not take us along.
 _KILL_TIMEOUT: Final = 2.0
+
+# The most that an end takes beyond the grace: two sweeps and a wait.
+LONGEST_KILL: Final = _WORKERS_GRACE + 2 * _KILL_TIMEOUT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +169,10 @@ class ServerProcess:
     def kill(self) -> None:
         """Kill the process, and it alone; :meth:`end` does the rest."""
         self._child.kill()
+
+    def kill_session(self) -> None:
+        """Kill the process and its session. For any thread; blocks until they are dead."""
+        self._child.sweep(spare_leader=False, timeout=_KILL_TIMEOUT)
 
     async def end(self, grace: float) -> int:
         """End the process and its whole session, and return the exit code.

@@ -9,12 +9,12 @@ to be done in order is done by those who own it.
 
 from __future__ import annotations
 
-import enum
 import inspect
 import logging
 import math
 import os
 import random
+import threading
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -43,9 +43,10 @@ from .diagnosis import last_words
 from .groups import quiet_task_group
 from .incarnation import Incarnation
 from .options import ServerOptions
-from .process import ServerExit
+from .process import LONGEST_KILL, ServerExit
+from .state import Journal, RuntimeState
 
-__all__ = ["Ready", "RuntimeState", "Supervisor"]
+__all__ = ["Ready", "Supervisor"]
 
 # A dying server closes its connections before its exit can be noticed; a connection that
 # breaks while the server lives on is the rare case, and may wait.
@@ -53,21 +54,6 @@ _LOSS_NOTICE: Final = 1.0
 
 # What shells say for a command that could not be executed.
 _NOT_EXECUTED: Final = 127
-
-
-class RuntimeState(enum.Enum):
-    """Where a runtime is in its life."""
-
-    NEW = "new"
-    """Made by ``start()``, not entered yet."""
-    STARTING = "starting"
-    READY = "ready"
-    RESTARTING = "restarting"
-    """The server ended unasked, and a new one is on its way."""
-    STOPPING = "stopping"
-    STOPPED = "stopped"
-    FAILED = "failed"
-    """The server did not start, or ended unasked and was given up."""
 
 
 @dataclass(frozen=True)
@@ -83,22 +69,52 @@ class Ready:
 
 
 class Supervisor:
-    def __init__(self, options: ServerOptions) -> None:
+    """Keeps one server.
+
+    Its tasks live in one event loop. :meth:`ask_to_stop`, :meth:`kill`, the properties and
+    everything that waits may be used from any thread and any loop.
+
+    :param on_stopping: called when no call may begin any more, before the server is ended
+    """
+
+    def __init__(
+        self, options: ServerOptions, *, on_stopping: Callable[[], object]
+    ) -> None:
         self.logs = LogHub(options.log_config)
-        self.state = RuntimeState.NEW
-        self.port: int | None = None
-        self.pid: int | None = None
-        self.restarts = 0
-        self.last_exit: ServerExit | None = None
+        self.journal = Journal()
         self._options = options
+        self._on_stopping = on_stopping
         self._orchestrator_id = f"stepflow-runtime-{uuid.uuid4()}"
-        self._incarnation = 0
+        self._incarnations = 0
+        self._incarnation: Incarnation | None = None
         self._ready: Ready | None = None
         self._failure: Callable[[], ServerError] | None = None
-        self._changed = anyio.Event()
+        self._stop_within: float | None = None
+        self._threads: set[int] = set()
         self._launch_trouble = ""
         self._telling: list[anyio.CancelScope] = []
         self._tell_until = math.inf
+
+    @property
+    def ready(self) -> Ready | None:
+        """The server, if it is there to be used."""
+        return self._ready
+
+    @property
+    def state(self) -> RuntimeState:
+        return self.journal.now.state
+
+    def begin(self) -> None:
+        """Be STARTING, for whoever waits from now on.
+
+        :raises RuntimeStoppedError: if this supervisor was used before, or asked to stop
+        """
+        if self.state is not RuntimeState.NEW:
+            raise RuntimeStoppedError(
+                f"this runtime was used before (it is {self.state.value}); "
+                "StepflowRuntime.start() makes a new one"
+            )
+        self.journal.enter(RuntimeState.STARTING)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -107,25 +123,65 @@ class Supervisor:
         The body's exception leaves as itself. Cancellation, of the start too, leaves
         nothing behind.
 
+        To be entered after :meth:`begin`.
+
         :raises ServerStartError: if the server does not become READY
-        :raises RuntimeStoppedError: if this supervisor was used before
+        :raises RuntimeStoppedError: if it was asked to stop
         """
-        self._begin()
+        self._threads.add(threading.get_ident())
         try:
             async with quiet_task_group() as tasks:
-                tasks.start_soon(self._supervise, tasks)
+                tasks.start_soon(self._live, tasks)
                 await self.wait_ready()
                 yield
         finally:
             self.stop_serving()
             self._finish()
 
+    def ask_to_stop(self, within: float | None = None) -> None:
+        """Have the server stopped, soon; from any thread, and even a signal handler.
+
+        :param within: seconds that the server has to end by itself; None: as the options
+            say. The first to ask has the say.
+        """
+        if self._stop_within is None:
+            self._stop_within = (
+                self._options.shutdown_timeout if within is None else within
+            )
+        if self.state is RuntimeState.NEW:
+            self.journal.enter(RuntimeState.STOPPED)
+        self.journal.announce()
+
+    def is_calling(self) -> bool:
+        """True in the supervisor's own thread, and in a callback that it waits for."""
+        return threading.get_ident() in self._threads
+
+    def give_up_start(self, error: ServerStartError) -> None:
+        """Have everybody hear that it could not even be tried; or that it broke down."""
+        self._fail(partial(_again, error))
+
+    def kill(self) -> None:
+        """Kill the server's session from outside: for when its own thread does not react.
+
+        Blocks for the time of a sweep.
+        """
+        if self._incarnation is not None:
+            self._incarnation.kill_session()
+
+    @property
+    def longest_stop(self) -> float:
+        """Seconds after which a stop that was asked for must have come to its end."""
+        grace = self._grace()
+        # on_crash gets its own shutdown_timeout; the rest is what kernels take to kill.
+        return grace + self._options.shutdown_timeout + LONGEST_KILL
+
     def stop_serving(self) -> None:
         """Let no call begin any more: the first thing to do when the block ends."""
         self._limit_telling()
-        if self.state not in (RuntimeState.STOPPED, RuntimeState.FAILED):
+        if not (self.state.is_final or self.state is RuntimeState.STOPPING):
             self._ready = None
-            self._enter(RuntimeState.STOPPING)
+            self.journal.enter(RuntimeState.STOPPING)
+        self._on_stopping()
 
     async def wait_ready(self) -> Ready:
         """Wait until the server is READY, and tell where.
@@ -133,23 +189,29 @@ class Supervisor:
         :raises ServerError: if it will not be any more: ``ServerStartError``,
             ``ServerCrashedError`` or ``RuntimeStoppedError``
         """
-        while self._ready is None:
+        while (ready := self._ready) is None:
             if (refusal := self._refusal()) is not None:
                 # The cancellation that stopped the runtime may be the caller's, too: then
                 # that is what it should hear of.
                 await anyio.lowlevel.checkpoint()
                 raise refusal
-            await self._changed.wait()
-        return self._ready
+            await self.journal.wait_until(self._is_decided)
+        return ready
 
-    async def wait_failed(self) -> None:
-        """Wait until the server is lost for good, and raise why.
+    def block_until_ready(self) -> None:
+        """The same for a thread without an event loop: blocks it."""
+        self.journal.block_until(self._is_decided)
+        if self._ready is None and (refusal := self._refusal()) is not None:
+            raise refusal
 
-        :raises ServerCrashedError: then
+    async def wait_over(self) -> None:
+        """Wait until the server is gone, and will not come back.
+
+        :raises ServerCrashedError: if it was lost for good
         """
-        while self._failure is None:
-            await self._changed.wait()
-        raise self._failure()
+        await self.journal.wait_until(lambda: self.state.is_final)
+        if self._failure is not None:
+            raise self._failure()
 
     async def explain_loss(self, incarnation: int) -> ServerError | None:
         """Tell why a connection to a server broke; None if that server is well.
@@ -157,23 +219,44 @@ class Supervisor:
         Waits until the server's end is examined: milliseconds, and bounded.
         """
         with anyio.move_on_after(_LOSS_NOTICE):
-            while self._serves(incarnation):
-                await self._changed.wait()
+            await self.journal.wait_until(lambda: not self._serves(incarnation))
         if self._serves(incarnation):
             return None
-        while self.state is RuntimeState.READY and self._ready is None:
-            await self._changed.wait()
+        await self.journal.wait_until(
+            lambda: self._ready is not None or self.state is not RuntimeState.READY
+        )
         await anyio.lowlevel.checkpoint()  # as in wait_ready
         if (refusal := self._refusal()) is not None:
             return refusal
-        assert self.last_exit is not None
+        last_exit = self.journal.now.last_exit
+        assert last_exit is not None
         return RunLostError(
-            f"the Stepflow server {self.last_exit} while this call was under way; its "
+            f"the Stepflow server {last_exit} while this call was under way; its "
             "in-memory store died with it, and the run too. The server is being restarted.",
-            exit=self.last_exit,
+            exit=last_exit,
         )
 
     # -- the restart loop ----------------------------------------------------------
+
+    async def _live(self, tasks: TaskGroup) -> None:
+        """Keep the server, until it is lost for good or a stop is asked for."""
+        try:
+            with anyio.CancelScope() as life:
+                tasks.start_soon(self._heed_stop, life)
+                await self._supervise(tasks)
+        finally:
+            self.stop_serving()
+            self._finish()
+
+    async def _heed_stop(self, life: anyio.CancelScope) -> None:
+        await self.journal.wait_until(lambda: self._stop_within is not None)
+        self.stop_serving()
+        life.cancel()
+
+    def _grace(self) -> float:
+        if self._stop_within is not None:
+            return self._stop_within
+        return self._options.shutdown_timeout
 
     async def _supervise(self, tasks: TaskGroup) -> None:
         try:
@@ -197,10 +280,14 @@ class Supervisor:
             if isinstance(decision, restart.GiveUp):
                 self._give_up(exit, decision.reason)
                 return
-            self._enter(RuntimeState.RESTARTING)
+            self.journal.enter(
+                RuntimeState.RESTARTING,
+                pid=None,
+                restarts=self.journal.now.restarts + 1,
+                last_exit=exit,
+            )
             await anyio.sleep(decision.delay)
             series += 1
-            self.restarts += 1
             exit = await self._reincarnate(binary)
 
     async def _prepare(self) -> Path:
@@ -219,18 +306,22 @@ class Supervisor:
         return binary
 
     async def _incarnate(self, binary: Path) -> ServerExit:
-        self._incarnation += 1
+        self._incarnations += 1
         self._launch_trouble = ""
-        incarnation = Incarnation(
-            self._options, self.logs, on_ready=self._serve, on_lost=self._withdraw
+        self._incarnation = Incarnation(
+            self._options,
+            self.logs,
+            grace=self._grace,
+            on_ready=self._serve,
+            on_lost=self._withdraw,
         )
         command = self._options.command(
             os.environ,
             # After a restart the same port and id: clients and leases rely on them.
-            port=self.port or self._options.port or 0,
+            port=self.journal.now.port or self._options.port or 0,
             orchestrator_id=self._orchestrator_id,
         )
-        return await incarnation.live(binary, command)
+        return await self._incarnation.live(binary, command)
 
     async def _reincarnate(self, binary: Path) -> ServerExit:
         """A failed launch counts as one more crash."""
@@ -241,8 +332,6 @@ class Supervisor:
             return exc.exit or ServerExit(code=_NOT_EXECUTED, pid=0)
 
     def _take_note_of(self, exit: ServerExit, tasks: TaskGroup) -> None:
-        self.last_exit = exit
-        self.pid = None
         if self._launch_trouble:
             report(
                 logging.WARNING,
@@ -264,7 +353,7 @@ class Supervisor:
         self._telling.append(scope)
         try:
             with scope:
-                told = await run_abandonable(on_crash, code)
+                told = await run_abandonable(self._calling, on_crash, code)
                 if inspect.isawaitable(told):
                     await told
         except Exception as exc:  # noqa: BLE001 - the user's function
@@ -272,28 +361,27 @@ class Supervisor:
         finally:
             self._telling.remove(scope)
 
+    def _calling(self, on_crash: Callable[[int], Any], code: int) -> Any:
+        self._threads.add(threading.get_ident())
+        try:
+            return on_crash(code)
+        finally:
+            self._threads.discard(threading.get_ident())
+
     # -- state ---------------------------------------------------------------------
 
-    def _begin(self) -> None:
-        if self.state is not RuntimeState.NEW:
-            raise RuntimeStoppedError(
-                "this runtime was used before; StepflowRuntime.start() makes a new one"
-            )
-        self._enter(RuntimeState.STARTING)
-
     def _finish(self) -> None:
-        self.pid = None
-        if self.state is not RuntimeState.FAILED:
-            self._enter(RuntimeState.STOPPED)
+        if not self.state.is_final:
+            self.journal.enter(RuntimeState.STOPPED, pid=None)
 
     def _serve(self, pid: int, port: int) -> None:
-        self.pid, self.port = pid, port
-        self._ready = Ready(port, self._incarnation)
-        self._enter(RuntimeState.READY)
+        if self._stop_within is None:
+            self._ready = Ready(port, self._incarnations)
+            self.journal.enter(RuntimeState.READY, pid=pid, port=port)
 
     def _withdraw(self) -> None:
         self._ready = None
-        self._announce_change()
+        self.journal.announce()
 
     def _limit_telling(self) -> None:
         self._tell_until = anyio.current_time() + self._options.shutdown_timeout
@@ -305,20 +393,15 @@ class Supervisor:
         message = (
             f"the Stepflow server {exit}, and is not restarted: {reason}.\n{words}"
         )
-        self._fail(partial(ServerCrashedError, message, exit=exit))
+        self._fail(partial(ServerCrashedError, message, exit=exit), last_exit=exit)
 
-    def _fail(self, failure: Callable[[], ServerError]) -> None:
+    def _fail(self, failure: Callable[[], ServerError], **details: Any) -> None:
         self._ready = None
         self._failure = failure
-        self._enter(RuntimeState.FAILED)
+        self.journal.enter(RuntimeState.FAILED, pid=None, **details)
 
-    def _enter(self, state: RuntimeState) -> None:
-        self.state = state
-        self._announce_change()
-
-    def _announce_change(self) -> None:
-        self._changed.set()
-        self._changed = anyio.Event()
+    def _is_decided(self) -> bool:
+        return self._ready is not None or self._refusal() is not None
 
     def _serves(self, incarnation: int) -> bool:
         return self._ready is not None and self._ready.incarnation == incarnation
@@ -327,11 +410,6 @@ class Supervisor:
         """Why there will be no READY any more; None if there may be."""
         if self._failure is not None:
             return self._failure()
-        if self.state is RuntimeState.NEW:
-            return RuntimeStoppedError(
-                "this runtime is not started: enter it with `async with`, or host it with "
-                "`await task_group.start(runtime.serve)`"
-            )
         if self.state in (RuntimeState.STOPPING, RuntimeState.STOPPED):
             return RuntimeStoppedError("this runtime is stopped")
         return None

@@ -1,22 +1,30 @@
-"""HTTP/1.1 to a server on this machine: anyio streams, parsed by httptools.
+"""HTTP/1.1 to a server on this machine: plain sockets, parsed by httptools.
 
 Contract: a connection carries one request at a time and goes back to the pool only
 after a whole answer that allows it; after anything else, cancellation included, it is
 closed. Nothing of the environment is read, proxies least of all. A kept connection that
 the server has closed in the meantime is found out before it is used, so that a request
 is never sent twice on a guess.
+
+The connections belong to no event loop: tasks of several loops, in several threads, share
+a pool, and it may outlive a loop that made some of them.
 """
 
 from __future__ import annotations
 
-import select
+import errno
+import os
+import socket
+from collections import deque
 from typing import Final
 
 import anyio
+import anyio.lowlevel
 import httptools
-from anyio.abc import SocketAttribute, SocketStream
 
 from ..errors import ConnectionLostError
+from ..forks import forget_in_child
+from ..loops import Slots
 from . import Response
 
 __all__ = ["LoopbackTransport"]
@@ -35,63 +43,71 @@ class LoopbackTransport:
 
     def __init__(self, port: int, *, max_connections: int = MAX_CONNECTIONS) -> None:
         self._port = port
-        self._slots = anyio.Semaphore(max_connections, fast_acquire=True)
-        self._idle: list[_Connection] = []
+        self._slots = Slots(max_connections)
+        self._idle: deque[_Connection] = deque()
         self._busy: set[_Connection] = set()
         self._closed = False
+        forget_in_child(self)
 
     async def request(
         self, method: str, path: str, body: bytes | None = None
     ) -> Response:
         message = _message(method, path, self._port, body)
-        async with self._slots:
-            connection = await self._connection()
-            try:
-                response, reusable = await connection.exchange(message)
-            except BaseException:
-                self._busy.discard(connection)
-                await connection.aclose()
-                raise
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        await self._slots.acquire()
+        try:
+            return await self._request(message)
+        finally:
+            self._slots.release()
+
+    async def _request(self, message: bytes) -> Response:
+        connection = self._take_idle() or _Connection()
+        self._busy.add(connection)
+        reusable = False
+        try:
+            await connection.connect(self._port)
+            self._refuse_if_closed()
+            response, reusable = await connection.exchange(message)
+        finally:
             self._busy.discard(connection)
-            if reusable and not self._closed:
+            if reusable:
                 self._idle.append(connection)
             else:
-                await connection.aclose()
-            return response
+                connection.close()
+            if self._closed:  # in the meantime
+                self._close_idle()
+        return response
 
     async def aclose(self) -> None:
-        self._closed = True
-        connections = [*self._idle, *self._busy]
-        self._idle.clear()
-        # A task each, so that a cancellation of this one cannot leave some of them open.
-        async with anyio.create_task_group() as tasks:
-            for connection in connections:
-                tasks.start_soon(connection.aclose)
+        self.close()
 
-    async def _connection(self) -> _Connection:
-        while self._idle and not self._closed:
-            # Last in, first out: the others get to rest, and the warm one is used.
-            connection = self._idle.pop()
+    def close(self) -> None:
+        """Close every connection; from any thread."""
+        self._closed = True
+        self._close_idle()
+        for connection in tuple(self._busy):
+            # Who waits for it, wherever that is, wakes up, and closes it.
+            connection.hang_up()
+
+    def forget(self) -> None:
+        self._closed = True
+        for connection in (*self._idle, *self._busy):
+            connection.close()
+
+    def _take_idle(self) -> _Connection | None:
+        while True:
+            try:
+                # Last in, first out: the others get to rest, and the warm one is used.
+                connection = self._idle.pop()
+            except IndexError:
+                return None
             if not connection.is_stale():
-                self._busy.add(connection)
                 return connection
-            await connection.aclose()
-        self._refuse_if_closed()
-        try:
-            stream = await anyio.connect_tcp(HOST, self._port)
-        except OSError as exc:
-            # anyio's own text ("All connection attempts failed") keeps the reason back.
-            raise ConnectionLostError(
-                f"no connection to the server on {HOST}:{self._port}: "
-                f"{exc.__cause__ or exc}",
-                unsent=True,
-            ) from exc
-        connection = _Connection(stream)
-        if self._closed:  # in the meantime
-            await connection.aclose()
-            self._refuse_if_closed()
-        self._busy.add(connection)
-        return connection
+            connection.close()
+
+    def _close_idle(self) -> None:
+        while (connection := self._take_idle()) is not None:
+            connection.close()
 
     def _refuse_if_closed(self) -> None:
         if self._closed:
@@ -99,36 +115,101 @@ class LoopbackTransport:
 
 
 class _Connection:
-    def __init__(self, stream: SocketStream) -> None:
-        self._stream = stream
-        self._poller = select.poll()
-        self._poller.register(
-            stream.extra(SocketAttribute.raw_socket).fileno(), select.POLLIN
-        )
+    def __init__(self) -> None:
+        self._socket: socket.socket | None = None
+
+    async def connect(self, port: int) -> None:
+        """Connect, unless it is connected."""
+        if self._socket is not None:
+            return
+        try:
+            self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+            await _connect(self._socket, (HOST, port))
+        except OSError as exc:
+            raise ConnectionLostError(
+                f"no connection to the server on {HOST}:{port}: {exc}", unsent=True
+            ) from exc
 
     def is_stale(self) -> bool:
         """True if there is something to read while nothing was asked: the end, mostly."""
-        return bool(self._poller.poll(0))
+        assert self._socket is not None
+        try:
+            self._socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        return True
 
     async def exchange(self, message: bytes) -> tuple[Response, bool]:
         """Send a request; return its answer, and whether the connection may go on."""
+        assert self._socket is not None
         answer = _Answer()
         try:
-            await self._stream.send(message)
+            await _send(self._socket, message)
             while not answer.is_complete:
-                answer.feed(await self._stream.receive(_RECEIVE_SIZE))
-        except anyio.EndOfStream as exc:
-            answer.end(exc)
-        except (anyio.BrokenResourceError, anyio.ClosedResourceError) as exc:
-            raise ConnectionLostError("the connection to the server broke") from exc
+                if data := await _receive(self._socket):
+                    answer.feed(data)
+                else:
+                    answer.end()
+                    break
+        except OSError as exc:
+            raise ConnectionLostError(
+                f"the connection to the server broke: {exc}"
+            ) from exc
         except httptools.HttpParserError as exc:
             raise ConnectionLostError(
                 f"what answers on the server's port does not speak HTTP: {exc}"
             ) from exc
         return answer.response(), answer.is_reusable
 
-    async def aclose(self) -> None:
-        await anyio.aclose_forcefully(self._stream)
+    def hang_up(self) -> None:
+        """End it on both sides, without closing the descriptor that others wait for."""
+        if self._socket is not None:
+            try:
+                self._socket.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # not connected (yet, or any more), or closed by its owner
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+
+
+async def _connect(sock: socket.socket, address: tuple[str, int]) -> None:
+    sock.setblocking(False)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    number = sock.connect_ex(address)
+    if number in (errno.EINPROGRESS, errno.EWOULDBLOCK):
+        await anyio.wait_writable(sock)
+        number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if number:
+        raise OSError(number, os.strerror(number))
+    if sock.getsockname() == sock.getpeername():
+        # TCP lets a socket find itself where nobody listens; it would keep the port from
+        # the server that is about to come back there.
+        raise ConnectionRefusedError(
+            errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED)
+        )
+
+
+async def _send(sock: socket.socket, message: bytes) -> None:
+    rest = memoryview(message)
+    while rest:
+        try:
+            rest = rest[sock.send(rest) :]
+        except BlockingIOError:
+            await anyio.wait_writable(sock)
+
+
+async def _receive(sock: socket.socket) -> bytes:
+    while True:
+        # Always wait first: the checkpoint is what gives other tasks their turn.
+        await anyio.wait_readable(sock)
+        try:
+            return sock.recv(_RECEIVE_SIZE)
+        except BlockingIOError:
+            continue
 
 
 class _Answer:
@@ -150,7 +231,7 @@ class _Answer:
     def feed(self, data: bytes) -> None:
         self._parser.feed_data(data)
 
-    def end(self, exc: anyio.EndOfStream) -> None:
+    def end(self) -> None:
         """Take note of the connection's end, which some answers have for their end.
 
         :raises ConnectionLostError: if this one has not
@@ -160,7 +241,7 @@ class _Answer:
                 "the server closed the connection in the middle of an answer"
                 if self._has_begun
                 else "the server closed the connection without an answer"
-            ) from exc
+            )
 
     def response(self) -> Response:
         return Response(

@@ -20,6 +20,7 @@ from pathlib import Path
 import anyio
 import psutil
 
+from ...forks import forget_in_child
 from ...threads import run_abandonable
 from ..options import Command
 
@@ -99,6 +100,7 @@ class LinuxChild:
         os.set_blocking(self.stderr, False)
         self._pidfd = _pidfd_of(process.pid)
         self._spare: int | None = spare
+        forget_in_child(self)
 
     async def wait_exit(self) -> None:
         if self._process.returncode is not None:
@@ -124,6 +126,7 @@ class LinuxChild:
             self._kill_members(members, min(max(remaining, 0), _SWEEP_PASS))
             if remaining <= 0:
                 break
+        self._reap_adopted()
         return len(members)
 
     def ended_workers(self) -> list[int]:
@@ -148,6 +151,11 @@ class LinuxChild:
             os.close(self._pidfd)
             self._pidfd = None
         self._free_spare()
+
+    def forget(self) -> None:
+        # In a forked child this is nobody's process: unreapable, and not to be signalled.
+        self._process.returncode = _UNKNOWN_EXIT
+        self.close()
 
     def _free_spare(self) -> None:
         spare, self._spare = self._spare, None
@@ -209,6 +217,19 @@ class LinuxChild:
                 os.kill(pid, signal.SIGKILL)
         except OSError:
             pass  # ended, or another user's (sudo): then it counts as left
+
+    def _reap_adopted(self) -> None:
+        """Reap the session's zombies that have become children of ours.
+
+        As they do where we are the first process of a container: orphans fall to that, and
+        nobody else would ever reap them.
+        """
+        for pid in psutil.pids():
+            if pid != self.pid and self._is_member(pid):
+                try:
+                    os.waitpid(pid, os.WNOHANG)
+                except ChildProcessError:
+                    pass  # somebody else's child
 
     def _wait_unreaped(self) -> None:
         try:

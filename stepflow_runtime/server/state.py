@@ -1,0 +1,108 @@
+"""Where a runtime is in its life, and who waits for it to go on.
+
+Contract: there is one state, and every change of it is seen, in order, by everybody who
+follows, in whichever event loop. One thread at a time makes the changes; any may look.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from ..loops import Announcer
+from .process import ServerExit
+
+__all__ = ["Journal", "RuntimeState", "StateChange"]
+
+
+class RuntimeState(enum.Enum):
+    """Where a runtime is in its life."""
+
+    NEW = "new"
+    """Made by ``start()`` in an event loop, and not used yet."""
+    STARTING = "starting"
+    READY = "ready"
+    RESTARTING = "restarting"
+    """The server ended unasked, and a new one is on its way."""
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+    FAILED = "failed"
+    """The server did not start, or ended unasked and was given up."""
+
+    @property
+    def is_final(self) -> bool:
+        """True if no other state will follow."""
+        return self in (RuntimeState.STOPPED, RuntimeState.FAILED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateChange:
+    """A state that a runtime came into, and how it stood then.
+
+    :ivar state: the state
+    :ivar at: when it was entered, an aware datetime in UTC
+    :ivar pid: the process id of the server, or None while there is none
+    :ivar port: the server's port, or None if it never was READY
+    :ivar restarts: how many times the server was restarted
+    :ivar last_exit: how the server last ended unasked, or None
+    """
+
+    state: RuntimeState
+    at: datetime
+    pid: int | None = None
+    port: int | None = None
+    restarts: int = 0
+    last_exit: ServerExit | None = field(default=None, repr=False)
+
+
+class _Link:
+    """A change and the way to the next one: who follows, keeps what it has not seen."""
+
+    def __init__(self, change: StateChange) -> None:
+        self.change = change
+        self.next: _Link | None = None
+
+
+class Journal:
+    """The changes of one runtime's state."""
+
+    def __init__(self) -> None:
+        self._announcer = Announcer()
+        self._newest = _Link(StateChange(state=RuntimeState.NEW, at=datetime.now(UTC)))
+
+    @property
+    def now(self) -> StateChange:
+        return self._newest.change
+
+    def enter(self, state: RuntimeState, **details: Any) -> None:
+        """Go over to ``state``, and tell everybody."""
+        link = _Link(replace(self.now, state=state, at=datetime.now(UTC), **details))
+        self._newest.next, self._newest = link, link
+        self.announce()
+
+    def announce(self) -> None:
+        """Have everybody look again, at what no state tells."""
+        self._announcer.announce()
+
+    async def wait_until(self, condition: Callable[[], object]) -> None:
+        await self._announcer.wait_until(condition)
+
+    def block_until(
+        self, condition: Callable[[], object], timeout: float = math.inf
+    ) -> bool:
+        return self._announcer.block_until(condition, timeout)
+
+    async def follow(self) -> AsyncIterator[StateChange]:
+        """Yield how it stands now, and then each change, up to the final one."""
+        link: _Link | None = self._newest
+        while link is not None:
+            yield link.change
+            if link.change.state.is_final:
+                return
+            here = link
+            await self.wait_until(lambda: here.next)  # noqa: B023 - awaited at once
+            link = here.next
