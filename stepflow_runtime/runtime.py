@@ -333,15 +333,14 @@ class StepflowRuntime(AsyncContextManagerMixin):
         """
         await self._wait_ready()
 
-    async def state_changes(self) -> AsyncIterator[StateChange]:
+    def state_changes(self) -> AsyncIterator[StateChange]:
         """Follow the runtime's life: yield how it stands now, and then each change.
 
         In order, and none is left out, however slow the reader is. Ends after STOPPED or
         FAILED. Any number of readers may follow, in any event loop; to stop reading needs
         no closing.
         """
-        async for change in self._supervisor.journal.follow():
-            yield change
+        return self._supervisor.journal.follow()
 
     def get_recent_logs(self, limit: int = 100) -> list[LogEntry]:
         """Return the newest log entries of the server and its workers, the newest last.

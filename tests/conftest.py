@@ -5,6 +5,7 @@ import ctypes
 import gc
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,16 @@ async def wait_until(condition: Callable[[], object]) -> None:
     with anyio.fail_after(15):
         while not condition():  # noqa: ASYNC110
             await anyio.sleep(0.005)
+
+
+def freeze(runtime: stepflow_runtime.StepflowRuntime) -> None:
+    """Stop the server as a debugger does, and wait until it has stopped."""
+    process = psutil.Process(runtime.pid)
+    process.suspend()
+    deadline = time.monotonic() + 15
+    while process.status() != psutil.STATUS_STOPPED:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 @pytest.fixture

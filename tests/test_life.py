@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-import psutil
 import pytest
 
 from stepflow_runtime import (
@@ -26,7 +25,7 @@ from stepflow_runtime import (
     StepflowRuntime,
 )
 
-from .conftest import ECHO, SLEEP, each_backend, processes_left, wait_until
+from .conftest import ECHO, SLEEP, each_backend, freeze, processes_left, wait_until
 
 pytestmark = pytest.mark.anyio
 
@@ -310,7 +309,7 @@ async def test_a_server_that_hangs_is_killed_and_counts_as_crashed() -> None:
         await anyio.sleep(0.3)  # health requests that succeed do no harm
         assert runtime.state is RuntimeState.READY
         assert runtime.pid is not None
-        psutil.Process(runtime.pid).suspend()
+        freeze(runtime)
         with pytest.raises(ServerCrashedError, match="answered no health requests"):
             await runtime.run(ECHO)
         assert runtime.last_exit is not None and runtime.last_exit.was_hung

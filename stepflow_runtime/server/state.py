@@ -16,7 +16,7 @@ from typing import Any
 from ..loops import Announcer
 from .process import ServerExit
 
-__all__ = ["Journal", "RuntimeState", "StateChange"]
+__all__ = ["Follower", "Journal", "RuntimeState", "StateChange"]
 
 
 class RuntimeState(enum.Enum):
@@ -96,13 +96,25 @@ class Journal:
     ) -> bool:
         return self._announcer.block_until(condition, timeout)
 
-    async def follow(self) -> AsyncIterator[StateChange]:
+    def follow(self) -> Follower:
         """Yield how it stands now, and then each change, up to the final one."""
-        link: _Link | None = self._newest
-        while link is not None:
-            yield link.change
-            if link.change.state.is_final:
-                return
-            here = link
-            await self.wait_until(lambda: here.next)  # noqa: B023 - awaited at once
-            link = here.next
+        return Follower(self, self._newest)
+
+
+class Follower(AsyncIterator[StateChange]):
+    """No generator: those have to be closed, and this holds nothing that needs it."""
+
+    def __init__(self, journal: Journal, first: _Link) -> None:
+        self._journal = journal
+        self._seen: _Link | None = None
+        self._next: _Link | None = first
+
+    async def __anext__(self) -> StateChange:
+        if (seen := self._seen) is not None:
+            if seen.change.state.is_final:
+                raise StopAsyncIteration
+            await self._journal.wait_until(lambda: seen.next)
+            self._next = seen.next
+        assert self._next is not None
+        self._seen = self._next
+        return self._seen.change
