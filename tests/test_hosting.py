@@ -33,7 +33,6 @@ from stepflow_runtime import (
     ServerStartError,
     StepflowRuntime,
 )
-from stepflow_runtime.hosting import portal as portal_module
 
 from .conftest import ECHO, SLEEP, each_backend, freeze, processes_left, wait_until
 
@@ -78,10 +77,10 @@ def run_program(
 
 def test_outside_a_loop_start_returns_a_ready_server() -> None:
     runtime = StepflowRuntime.start()
-    assert runtime.state is RuntimeState.READY
+    states = [runtime.state]
     assert asyncio.run(runtime.run(ECHO, 1)).output == 1
     runtime.stop()
-    assert runtime.state is RuntimeState.STOPPED
+    assert [*states, runtime.state] == [RuntimeState.READY, RuntimeState.STOPPED]
     assert processes_left() == []
 
 
@@ -144,7 +143,7 @@ def test_a_loop_that_cannot_be_made_is_a_failed_start(
     def no_loop(*args: object) -> None:
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(portal_module.anyio, "run", no_loop)
+    monkeypatch.setattr("stepflow_runtime.hosting.portal.anyio.run", no_loop)
     with pytest.raises(ServerStartError, match="Too many open files"):
         StepflowRuntime.start()
 
@@ -175,7 +174,7 @@ def test_calls_work_from_several_loops_in_a_row_and_from_threads_at_once() -> No
         backends = ["asyncio", "trio"] * 4
         with ThreadPoolExecutor(8) as threads:
             futures = [
-                threads.submit(anyio.run, several, number, backend=backend)
+                threads.submit(partial(anyio.run, several, number, backend=backend))
                 for number, backend in enumerate(backends)
             ]
             for number, future in enumerate(futures):
@@ -186,12 +185,12 @@ def test_calls_work_from_several_loops_in_a_row_and_from_threads_at_once() -> No
 async def test_in_a_loop_start_does_nothing_yet_and_the_first_call_starts() -> None:
     """As in a notebook: ``start()`` in one cell, ``await run()`` in the next."""
     runtime = StepflowRuntime.start()
-    assert runtime.state is RuntimeState.NEW
+    states = [runtime.state]
     assert processes_left() == []
     assert (await runtime.run(ECHO, 1)).output == 1
     assert our_threads() != []
     await runtime.stop_async()
-    assert runtime.state is RuntimeState.STOPPED
+    assert [*states, runtime.state] == [RuntimeState.NEW, RuntimeState.STOPPED]
 
 
 @pytest.mark.anyio
@@ -206,7 +205,7 @@ async def test_of_first_calls_made_together_one_starts_the_server() -> None:
         for value in range(10):
             tasks.start_soon(call, value)
     assert sorted(outputs) == list(range(10))
-    assert len(our_threads()) == 1
+    assert our_threads().count("stepflow-runtime") == 1
     await runtime.stop_async()
 
 
@@ -514,8 +513,9 @@ def test_a_stop_that_a_log_handler_holds_up_kills_the_server(
     try:
         asyncio.run(runtime.run(ECHO, 1))
         assert stuck.wait(15)
+        pid = runtime.pid
         runtime.stop()
-        assert processes_left() == []
+        assert pid is not None and not psutil.pid_exists(pid)
         assert "a stop was held up" in caplog.text
     finally:
         logger.removeHandler(handler)
@@ -601,42 +601,43 @@ def test_a_program_that_ends_by_an_exception_leaves_nothing() -> None:
 # -- tasks -----------------------------------------------------------------------------
 
 
-async def _fixture(runtime: StepflowRuntime) -> AsyncIterator[StepflowRuntime]:
-    async with runtime:
+async def _entered() -> AsyncIterator[StepflowRuntime]:
+    async with StepflowRuntime.start() as runtime:
         yield runtime
+
+
+async def _hosted() -> AsyncIterator[StepflowRuntime]:
+    runtime = await StepflowRuntime.start_async()
+    yield runtime
+    await runtime.stop_async()
+
+
+async def _next(fixture: AsyncIterator[StepflowRuntime]) -> StepflowRuntime | None:
+    return await anext(fixture, None)
 
 
 def test_entered_in_one_task_and_left_in_another_stops_and_says_so() -> None:
     """As pytest-asyncio does with a fixture that is an async generator."""
     with asyncio.Runner() as runner:
-
-        async def make() -> StepflowRuntime:
-            return StepflowRuntime.start()
-
-        runtime = runner.run(make())
-        fixture = _fixture(runtime)
-        assert runner.run(anext(fixture)) is runtime  # type: ignore[arg-type]
+        fixture = _entered()
+        runtime = runner.run(_next(fixture))
+        assert runtime is not None
         assert runner.run(runtime.run(ECHO, 1)).output == 1
-        with pytest.raises(RuntimeError, match="StepflowRuntime.start_async"):
-            runner.run(anext(fixture))  # type: ignore[arg-type]
+        with pytest.raises(RuntimeError, match=r"StepflowRuntime\.start_async"):
+            runner.run(_next(fixture))
         assert runtime.state is RuntimeState.STOPPED
         assert processes_left() == []
-        runner.run(asyncio.sleep(0.01))
         gc.collect()
+        runner.run(asyncio.sleep(0.01))
 
 
 def test_hosted_in_one_task_and_stopped_in_another_just_works() -> None:
-    async def fixture() -> AsyncIterator[StepflowRuntime]:
-        runtime = await StepflowRuntime.start_async()
-        yield runtime
-        await runtime.stop_async()
-
     with asyncio.Runner() as runner:
-        generator = fixture()
-        runtime = runner.run(anext(generator))  # type: ignore[arg-type]
+        fixture = _hosted()
+        runtime = runner.run(_next(fixture))
+        assert runtime is not None
         assert runner.run(runtime.run(ECHO, 1)).output == 1
-        with pytest.raises(StopAsyncIteration):
-            runner.run(anext(generator))  # type: ignore[arg-type]
+        assert runner.run(_next(fixture)) is None
     assert runtime.state is RuntimeState.STOPPED
 
 

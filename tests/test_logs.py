@@ -17,6 +17,7 @@ from stepflow_runtime import LogConfig, LogEntry
 from stepflow_runtime.logs.entry import decode
 from stepflow_runtime.logs.pump import MAX_LINE, LineCutter, pump
 from stepflow_runtime.logs.sinks import MAX_KEPT, LogHub
+from stepflow_runtime.server.platform import read
 
 LINE = {
     "timestamp": "2026-11-23T02:27:44.413575+00:00",
@@ -176,7 +177,7 @@ async def test_the_pump_reads_to_the_end_of_the_pipe() -> None:
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(anyio.to_thread.run_sync, write)
-        await pump(reading, lines.append)
+        await pump(reading, lines.append, read)
     os.close(reading)
     assert lines[:30_000] == [b"line %d" % number for number in range(30_000)]
     assert lines[30_000:] == [b"x" * MAX_LINE + b" ... [5 more bytes dropped]", b"last"]
@@ -189,7 +190,7 @@ async def test_a_cancelled_pump_hands_on_what_it_has() -> None:
     lines: list[bytes] = []
     with anyio.move_on_after(0.1):
         os.write(writing, b"whole\nhalf")
-        await pump(reading, lines.append)
+        await pump(reading, lines.append, read)
     os.close(reading)
     os.close(writing)
     assert lines == [b"whole", b"half"]
@@ -214,7 +215,7 @@ async def test_other_tasks_get_their_turn_while_a_flood_comes_in() -> None:
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(take_turns)
         tasks.start_soon(anyio.to_thread.run_sync, flood)
-        await pump(reading, lambda line: None)
+        await pump(reading, lambda line: None, read)
         tasks.cancel_scope.cancel()
     os.close(reading)
     assert turns > 100

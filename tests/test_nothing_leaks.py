@@ -27,7 +27,7 @@ from stepflow_runtime import (
     StepflowRuntime,
 )
 
-from .conftest import ECHO, EXAMPLES, SLEEP, each_backend, processes_left
+from .conftest import ECHO, EXAMPLES, SLEEP, each_backend, processes_left, wait_until
 from .steps import cancelling_at_step, in_a_task
 
 pytestmark = pytest.mark.anyio
@@ -171,6 +171,17 @@ async def test_cancelling_at_each_step_of_any_task_leaves_nothing(
     assert number > 30
 
 
+@each_backend
+async def test_an_exception_of_the_body_survives_a_cancellation_around_it() -> None:
+    with pytest.raises(KeyError, match="mine"), anyio.CancelScope() as scope:
+        async with StepflowRuntime.start():
+            scope.cancel()
+            try:
+                await anyio.sleep_forever()
+            finally:
+                raise KeyError("mine")
+
+
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_so_does_asyncios_own_cancellation() -> None:
     """It stops at no shield, and reaches the task only once."""
@@ -208,6 +219,8 @@ async def test_so_does_cancelling_every_task_there_is(milliseconds: int) -> None
             each.cancel()
         await asyncio.sleep(0.001)
     assert task.cancelled() or task.exception() is None
+    # A thread that was just spawning the server undoes that by itself.
+    await wait_until(lambda: processes_left() == [])
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])

@@ -106,27 +106,25 @@ _desk: Final = _Desk()
 
 
 class _LastWord:
-    """Dies of SIGTERM, when the interpreter takes the modules apart.
+    """Dies of SIGTERM when it is taken apart, at the end of the interpreter."""
 
-    Only then has a program unwound: ``atexit`` runs its functions in the reverse order of
-    their registration, and there is no being the last one. Should nobody get to call
-    this, the exit code says the same.
-    """
-
-    def __del__(self, desk: _Desk = _desk, die: Callable[[], None] = _die) -> None:
-        if desk.has_struck and sys.is_finalizing():
-            die()
-
-
-_last_word = _LastWord()
+    def __del__(self, die: Callable[[], None] = _die) -> None:
+        die()
 
 
 @atexit.register
-def _forget_last_traceback() -> None:
-    """A KeyboardInterrupt raised in our handler would keep the last word from being said."""
+def _prepare_last_word() -> None:
+    """Have the program die of the SIGTERM that has unwound it, when all else is done.
+
+    Not here: ``atexit`` runs its functions in the reverse order of their registration, and
+    there is no being the last one. What hangs on ``sys.last_value`` is let go by the
+    interpreter right after them, and after the standard streams were flushed. Should it
+    not come to that, the exit code says the same.
+    """
     if _desk.has_struck:
         for name in ("last_exc", "last_value", "last_traceback"):
-            vars(sys).pop(name, None)
+            setattr(sys, name, None)
+        sys.last_value = _LastWord()  # type: ignore[assignment]
 
 
 def watch(interrupt: Callable[[], object] | None = None) -> Watch:

@@ -35,5 +35,10 @@ async def quiet_task_group() -> AsyncIterator[TaskGroup]:
         if isinstance(raised, anyio.get_cancelled_exc_class()):
             raised = None  # the body was cancelled because of it
         raise only from only.__cause__ or raised
+    except anyio.get_cancelled_exc_class():
+        # A cancellation from outside that came while the body ran. asyncio's leaves here
+        # in spite of the shield (anyio 4.16), and would take the exception's place.
+        if raised is None:
+            raise
     if raised is not None:
         raise raised
