@@ -8,24 +8,21 @@ says so.
 
 from __future__ import annotations
 
-import errno
-import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final
-
-import anyio
 
 __all__ = ["LineCutter", "pump"]
 
 # A line of the server is a few hundred bytes; a worker may print what it likes.
 MAX_LINE: Final = 1024 * 1024
 
-# What a pipe of Linux holds by default: one read empties it.
-_READ_SIZE: Final = 65536
 
-
-async def pump(fd: int, hand_on: Callable[[bytes], object]) -> None:
-    """Read the non-blocking pipe ``fd`` to its end; call ``hand_on`` with each line.
+async def pump(
+    fd: int,
+    hand_on: Callable[[bytes], object],
+    read: Callable[[int], Awaitable[bytes]],
+) -> None:
+    """Read the pipe ``fd`` to its end with ``read``; call ``hand_on`` with each line.
 
     A line comes without its newline. What follows the last newline comes as a line too,
     also if the pump is cancelled: nothing that was read is lost. Cancellation ends it at
@@ -33,26 +30,12 @@ async def pump(fd: int, hand_on: Callable[[bytes], object]) -> None:
     """
     cutter = LineCutter()
     try:
-        while chunk := await _read(fd):
+        while chunk := await read(fd):
             for line in cutter.cut(chunk):
                 hand_on(line)
     finally:
         if rest := cutter.rest():
             hand_on(rest)
-
-
-async def _read(fd: int) -> bytes:
-    while True:
-        # Always wait first: the checkpoint is what gives other tasks their turn.
-        await anyio.wait_readable(fd)
-        try:
-            return os.read(fd, _READ_SIZE)
-        except BlockingIOError:
-            continue
-        except OSError as exc:
-            if exc.errno == errno.EIO:  # a pseudo-terminal's way to say that it ended
-                return b""
-            raise
 
 
 class LineCutter:

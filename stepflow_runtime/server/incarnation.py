@@ -10,7 +10,6 @@ lines of a dying server are the ones that matter, until the pipes end or a deadl
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -28,6 +27,7 @@ from ..transport.loopback import LoopbackTransport
 from .diagnosis import last_words
 from .groups import quiet_task_group
 from .options import Command, ServerOptions
+from .platform import KILLED, read
 from .process import ServerExit, ServerProcess
 
 __all__ = ["Incarnation"]
@@ -159,7 +159,7 @@ class Incarnation:
         self._pump_scopes.append(scope)
         try:
             with scope:
-                await pump(fd, take)
+                await pump(fd, take, read)
         finally:
             self._pump_scopes.remove(scope)
 
@@ -272,7 +272,7 @@ class Incarnation:
             pid=self._process.pid if self._process else 0,
             uptime=self._ready_until - since if since is not None else 0.0,
             # Unless it came to another end just before we killed it.
-            was_hung=self._was_hung and self._code == -signal.SIGKILL,
+            was_hung=self._was_hung and self._code == KILLED,
             recent_logs=tuple(self._logs.since(self._logs_before)[-_LAST_ENTRIES:]),
         )
 

@@ -25,7 +25,7 @@ from ..logs.entry import LogEntry
 from ..logs.own import report
 from ..threads import run_blocking
 from .options import Command
-from .platform import Child, spawn
+from .platform import KILLED, Child, spawn
 
 __all__ = ["LONGEST_KILL", "ServerExit", "ServerProcess"]
 
@@ -197,7 +197,7 @@ class ServerProcess:
             raise interruption
         if code is None:
             report(logging.ERROR, _NOT_KILLED, 1, self.pid)
-            return -int(getattr(signal, "SIGKILL", 9))
+            return KILLED
         return code
 
     def close(self) -> None:

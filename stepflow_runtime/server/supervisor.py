@@ -18,7 +18,7 @@ import threading
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -37,12 +37,13 @@ from ..errors import (
 from ..logs.own import report
 from ..logs.sinks import LogHub
 from ..threads import run_abandonable, run_blocking
-from . import restart
+from . import keeper, restart
 from .binary import find_binary
 from .diagnosis import last_words
 from .groups import quiet_task_group
+from .guard import MARK
 from .incarnation import Incarnation
-from .options import ServerOptions
+from .options import Command, ServerOptions
 from .process import LONGEST_KILL, ServerExit
 from .state import Journal, RuntimeState
 
@@ -90,6 +91,7 @@ class Supervisor:
         self._ready: Ready | None = None
         self._failure: Callable[[], ServerError] | None = None
         self._stop_within: float | None = None
+        self._guard = _Guard()
         self._threads: set[int] = set()
         self._launch_trouble = ""
         self._telling: list[anyio.CancelScope] = []
@@ -246,7 +248,17 @@ class Supervisor:
                 await self._supervise(tasks)
         finally:
             self.stop_serving()
-            self._finish()
+            try:
+                await self._dismiss_guard()
+            finally:
+                self._finish()
+
+    async def _dismiss_guard(self) -> None:
+        with anyio.CancelScope(shield=True):
+            try:
+                await run_blocking(self._guard.dismiss)
+            except RuntimeError:  # no thread to be had: it takes a millisecond
+                self._guard.dismiss()
 
     async def _heed_stop(self, life: anyio.CancelScope) -> None:
         await self.journal.wait_until(lambda: self._stop_within is not None)
@@ -295,7 +307,9 @@ class Supervisor:
 
         def prepare() -> tuple[ServerOptions, Path]:
             options = self._options.anchored()
-            return options, find_binary(options.binary, os.environ)
+            binary = find_binary(options.binary, os.environ)
+            self._guard.engage()
+            return options, binary
 
         try:
             self._options, binary = await run_blocking(prepare)
@@ -321,7 +335,7 @@ class Supervisor:
             port=self.journal.now.port or self._options.port or 0,
             orchestrator_id=self._orchestrator_id,
         )
-        return await self._incarnation.live(binary, command)
+        return await self._incarnation.live(binary, self._guard.marked(command))
 
     async def _reincarnate(self, binary: Path) -> ServerExit:
         """A failed launch counts as one more crash."""
@@ -413,6 +427,35 @@ class Supervisor:
         if self.state in (RuntimeState.STOPPING, RuntimeState.STOPPED):
             return RuntimeStoppedError("this runtime is stopped")
         return None
+
+
+class _Guard:
+    """A runtime's share in the guard process, taken and given back once.
+
+    Each is done in a thread, that a cancellation may leave alone: so the one may come
+    before the other has ended.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._mark: str | None = None
+        self._is_dismissed = False
+
+    def engage(self) -> None:
+        with self._lock:
+            if not self._is_dismissed:
+                self._mark = keeper.acquire()
+
+    def dismiss(self) -> None:
+        with self._lock:
+            mark, self._mark = self._mark, None
+            self._is_dismissed = True
+        if mark is not None:
+            keeper.release()
+
+    def marked(self, command: Command) -> Command:
+        """The command with the mark by which the guard knows its processes."""
+        return replace(command, env={**command.env, MARK: self._mark or ""})
 
 
 def _again(error: ServerStartError) -> ServerStartError:

@@ -1,7 +1,9 @@
 """What differs by operating system, a file each, behind one signature.
 
 ``spawn(binary, command)`` starts a process in a session of its own and returns a
-:class:`Child`. Linux only, for now: elsewhere ``spawn`` says so.
+:class:`Child`; ``read(fd)`` reads from its pipes; ``KILLED`` is the exit code of one that
+we killed. What CI does not run says so: ``macos``, ``windows``. On other systems ``spawn``
+fails.
 """
 
 from __future__ import annotations
@@ -12,18 +14,18 @@ from typing import Protocol
 
 from ..options import Command
 
-__all__ = ["Child", "spawn"]
+__all__ = ["KILLED", "Child", "read", "spawn"]
 
 
 class Child(Protocol):
-    """A spawned process and its session.
+    """A spawned process and its session (on Windows: its job).
 
     Only :meth:`sweep` and :meth:`ended_workers` block; they are for a worker thread.
     """
 
     pid: int
     stdout: int
-    """The reading end of its standard output: a non-blocking descriptor."""
+    """The reading end of its standard output: a descriptor for ``read``."""
     stderr: int
 
     async def wait_exit(self) -> None:
@@ -31,11 +33,11 @@ class Child(Protocol):
         ...
 
     def terminate(self) -> None:
-        """Ask it to end (SIGTERM); nothing happens if it has ended."""
+        """Ask it to end (SIGTERM, CTRL+BREAK); nothing happens if it has ended."""
         ...
 
     def kill(self) -> None:
-        """End it (SIGKILL), and it alone."""
+        """End it (SIGKILL, TerminateProcess), and it alone."""
         ...
 
     def sweep(self, *, spare_leader: bool, timeout: float) -> int:
@@ -50,6 +52,7 @@ class Child(Protocol):
     def ended_workers(self) -> list[int]:
         """Return the exit codes of the children of the process that have ended.
 
+        So far as the system keeps them: Linux does.
         Blocks for the time of a look at the process list.
         """
         ...
@@ -57,6 +60,7 @@ class Child(Protocol):
     def reap(self) -> int | None:
         """Return its exit code (negative: the signal), or None if it has not ended.
 
+        Windows knows no signals, and so no negative codes.
         255 if somebody else has reaped it: then nobody knows.
         """
         ...
@@ -67,8 +71,16 @@ class Child(Protocol):
 
 
 if sys.platform == "linux":
-    from .linux import spawn
+    from .linux import KILLED, read, spawn
+elif sys.platform == "darwin":
+    from .macos import KILLED, read, spawn
+elif sys.platform == "win32":
+    from .windows import KILLED, read, spawn
 else:
+    from .posix import KILLED, read
 
     def spawn(binary: Path, command: Command) -> Child:
-        raise OSError("stepflow-runtime cares for servers on Linux only, so far")
+        raise OSError(
+            f"stepflow-runtime cannot care for servers on {sys.platform}: it can on "
+            "Linux, macOS and Windows"
+        )

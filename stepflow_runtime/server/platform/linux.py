@@ -1,9 +1,7 @@
 """A process on Linux: a session of its own, a pidfd, and a sweep that spares nobody.
 
-Contract, beyond that of ``Child``: a pid that may have been given to somebody else is
-never signalled. The leader is reaped last, so that its pid, which is the session's id,
-cannot be given away while we search for members; and a member is held by a pidfd before
-its session is looked at a second time and it is killed through that.
+Contract, beyond that of ``posix``: a member of the session is held by a pidfd before its
+session is looked at a second time and it is killed through that.
 """
 
 from __future__ import annotations
@@ -14,28 +12,26 @@ import os
 import select
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import anyio
 import psutil
 
-from ...forks import forget_in_child
 from ...threads import run_abandonable
 from ..options import Command
 
-__all__ = ["LinuxChild", "spawn"]
+assert sys.platform == "linux"  # for mypy, which has to know that before the import
+
+from .posix import KILLED, PosixChild, filled_pipe, nothing, read, start
+
+__all__ = ["KILLED", "LinuxChild", "read", "spawn"]
 
 _HAS_PIDFD = hasattr(os, "pidfd_open")
 
 # What a pipe holds, unless it is told otherwise.
 _PIPE_SIZE = 65536
-
-# What we say of a process whose exit code somebody else took: a failure, for certain.
-_UNKNOWN_EXIT = 255
-
-# How long a pass of the sweep waits for those it killed before it looks again.
-_SWEEP_PASS = 0.1
 
 
 def spawn(binary: Path, command: Command) -> LinuxChild:
@@ -45,21 +41,9 @@ def spawn(binary: Path, command: Command) -> LinuxChild:
     """
     # A sweep reads /proc, and must be able to when the program is out of descriptors.
     # Opened first: after the spawn nothing may fail before somebody owns the process.
-    spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    spare = nothing()
     try:
-        stdin = _stdin(command.stdin)
-        try:
-            process = subprocess.Popen(
-                [str(binary), *command.argv],
-                stdin=stdin,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                bufsize=0,
-                env=dict(command.env),
-                start_new_session=True,
-            )
-        finally:
-            os.close(stdin)
+        process = start(binary, command, _stdin(command.stdin))
     except BaseException:
         os.close(spare)
         raise
@@ -67,40 +51,25 @@ def spawn(binary: Path, command: Command) -> LinuxChild:
 
 
 def _stdin(content: bytes | None) -> int:
-    """A descriptor to read ``content`` from, once.
-
-    A pipe that is filled beforehand: nobody has to be there to write, and when the
-    server has read it, there is nothing left in it for the workers, who inherit it.
-    """
+    """A descriptor to read ``content`` from, once."""
     if content is None:
-        return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-    reading, writing = os.pipe()
-    try:
-        if len(content) > _PIPE_SIZE:
-            fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, len(content))
-        os.set_blocking(writing, False)
-        if os.write(writing, content) < len(content):
-            raise OSError(errno.E2BIG, "the configuration does not fit into a pipe")
-    except BaseException:
-        os.close(reading)
-        raise
-    finally:
-        os.close(writing)
+        return nothing()
+    reading = filled_pipe(content, _make_room)
+    if reading is None:
+        raise OSError(errno.E2BIG, "the configuration does not fit into a pipe")
     return reading
 
 
-class LinuxChild:
+def _make_room(pipe: int, size: int) -> None:
+    if size > _PIPE_SIZE:
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, size)
+
+
+class LinuxChild(PosixChild):
     def __init__(self, process: subprocess.Popen[bytes], spare: int) -> None:
-        assert process.stdout is not None and process.stderr is not None
-        self._process = process
-        self.pid = process.pid
-        self.stdout = process.stdout.fileno()
-        self.stderr = process.stderr.fileno()
-        os.set_blocking(self.stdout, False)
-        os.set_blocking(self.stderr, False)
         self._pidfd = _pidfd_of(process.pid)
         self._spare: int | None = spare
-        forget_in_child(self)
+        super().__init__(process)
 
     async def wait_exit(self) -> None:
         if self._process.returncode is not None:
@@ -110,24 +79,13 @@ class LinuxChild:
         else:
             await run_abandonable(self._wait_unreaped)
 
-    def terminate(self) -> None:
-        self._signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        self._signal(signal.SIGKILL)
-
     def sweep(self, *, spare_leader: bool, timeout: float) -> int:
         if not self._holds_its_pid():
             return 0
         self._free_spare()
-        deadline = time.monotonic() + timeout
-        while members := self._members(spare_leader):
-            remaining = deadline - time.monotonic()
-            self._kill_members(members, min(max(remaining, 0), _SWEEP_PASS))
-            if remaining <= 0:
-                break
+        left = super().sweep(spare_leader=spare_leader, timeout=timeout)
         self._reap_adopted()
-        return len(members)
+        return left
 
     def ended_workers(self) -> list[int]:
         try:
@@ -137,25 +95,12 @@ class LinuxChild:
         codes = (_exit_code_of_zombie(child.pid) for child in children)
         return [code for code in codes if code is not None]
 
-    def reap(self) -> int | None:
-        if self._process.returncode is None and not self._holds_its_pid():
-            # Popen would make it a 0, and so a good end.
-            self._process.returncode = _UNKNOWN_EXIT
-        return self._process.poll()
-
     def close(self) -> None:
-        for pipe in (self._process.stdout, self._process.stderr):
-            if pipe is not None:
-                pipe.close()
+        super().close()
         if self._pidfd is not None:
             os.close(self._pidfd)
             self._pidfd = None
         self._free_spare()
-
-    def forget(self) -> None:
-        # In a forked child this is nobody's process: unreapable, and not to be signalled.
-        self._process.returncode = _UNKNOWN_EXIT
-        self.close()
 
     def _free_spare(self) -> None:
         spare, self._spare = self._spare, None
@@ -163,7 +108,6 @@ class LinuxChild:
             os.close(spare)
 
     def _holds_its_pid(self) -> bool:
-        """True as long as nobody has reaped the process, and so given its pid away."""
         if self._process.returncode is not None:
             return False
         try:
@@ -172,29 +116,7 @@ class LinuxChild:
             return False  # somebody else has: SIGCHLD ignored, or a stray waitpid(-1)
         return True
 
-    def _signal(self, number: signal.Signals) -> None:
-        # Popen.send_signal would poll, and so reap, before the session is swept.
-        if self._holds_its_pid():
-            os.kill(self.pid, number)
-
-    def _members(self, spare_leader: bool) -> list[int]:
-        """The session's living processes; zombies only wait for their parents."""
-        return [
-            pid
-            for pid in psutil.pids()
-            if self._is_member(pid)
-            and not (spare_leader and pid == self.pid)
-            and _is_alive(pid)
-        ]
-
-    def _is_member(self, pid: int) -> bool:
-        try:
-            return os.getsid(pid) == self.pid
-        except OSError:
-            return False
-
     def _kill_members(self, members: list[int], patience: float) -> None:
-        """Kill them, and wait for so many seconds at most until they are gone."""
         pidfds: list[int] = []
         try:
             for pid in members:
@@ -245,15 +167,6 @@ def _pidfd_of(pid: int) -> int | None:
         return os.pidfd_open(pid)
     except OSError:  # ended in the meantime, or a kernel before 5.3
         return None
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-    except (psutil.Error, OSError):
-        return True  # it does not tell; a signal too many does no harm to a zombie
 
 
 def _exit_code_of_zombie(pid: int) -> int | None:
