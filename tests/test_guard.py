@@ -287,13 +287,25 @@ def test_a_program_that_executes_another_one(run: Callable[..., Program]) -> Non
     assert words(program.process) == ["sleep", "1009"]
 
 
-def test_a_forked_child_that_holds_the_pipe_delays_nothing(
-    run: Callable[..., Program],
+@pytest.mark.parametrize(
+    "custom",
+    [
+        pytest.param("", id="a child of os.fork"),
+        # Without a shell the guard's Python waits itself, and for more than the pipe.
+        pytest.param(
+            "keeper._WAITING = ('/no/shell',)\nos.dup(keeper._keeper._pipe)\n",
+            id="a child that no hook reached, and no shell",
+        ),
+    ],
+)
+def test_a_forked_child_delays_nothing(
+    run: Callable[..., Program], custom: str
 ) -> None:
     program = run(
-        SERVE
+        custom.partition("\n")[0]
+        + SERVE
+        + custom.partition("\n")[2]
         + """
-os.dup(keeper._keeper._pipe)
 if os.fork() == 0:
     say(os.getpid())
 """
@@ -465,6 +477,7 @@ def test_a_guard_that_cannot_work(
     program = tmp_path / "guard.py"
     program.write_text("raise SystemExit")
     monkeypatch.setattr(keeper, "_PROGRAM", program)
+    monkeypatch.setattr(keeper, "_WAITING", ("/no/shell",))
     monkeypatch.setattr(keeper, "_BACKOFF", 0.01)
     ours = keeper._Keeper()
     mark = ours.acquire()
@@ -499,10 +512,6 @@ def _frozen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "frozen", True, raising=False)
 
 
-def _windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "platform", "win32")
-
-
 @pytest.mark.parametrize(
     "prevent",
     [
@@ -511,7 +520,6 @@ def _windows(monkeypatch: pytest.MonkeyPatch) -> None:
         _no_interpreter,
         _another_program,
         _frozen,
-        _windows,
     ],
 )
 def test_where_no_guard_can_be_had(

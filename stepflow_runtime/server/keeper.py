@@ -6,8 +6,8 @@ are killed it ends every process that carries the mark that ``acquire`` returned
 last ``release`` nothing of it is left: no process, no thread, no descriptor. Where no guard
 can be had, that is logged once, and everything goes on without.
 
-``acquire`` and ``release`` block, for milliseconds; they are for a worker thread. A child
-that was forked, and does not exec, calls :func:`forget`.
+``acquire`` and ``release`` block, for milliseconds; they are for a worker thread. A forked
+child begins anew.
 """
 
 from __future__ import annotations
@@ -24,13 +24,22 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Final
 
-from ..forks import forget_in_child
 from ..logs.own import report
 from .guard import MARK
 
 __all__ = ["acquire", "forget", "release"]
 
 _PROGRAM: Final = Path(__file__).with_name("guard.py")
+
+# A shell waits in the guard's place until there is something to do: it takes a tenth of
+# the memory, and at a server's start nothing of the processor that starts it.
+_WAITING: Final = (
+    "/bin/sh",
+    "-c",
+    # `killall` of whatever is meant for our Python, which the guard has to outlive.
+    'trap "" HUP INT TERM; read -r line; exec "$@"',
+    "sh",
+)
 
 _THREAD: Final = "stepflow-runtime-guard"
 
@@ -56,7 +65,6 @@ class _Keeper:
     def __init__(self) -> None:
         self._pipe: int | None = None
         self.forget()
-        forget_in_child(self)
 
     def forget(self) -> None:
         """Begin anew, in a child that was just forked: the guard is its parent's."""
@@ -72,6 +80,12 @@ class _Keeper:
         self._watcher: threading.Thread | None = None
         self._warned = False
 
+    def hold(self) -> None:
+        self._lock.acquire()
+
+    def let_go(self) -> None:
+        self._lock.release()
+
     def acquire(self) -> str:
         """Have a guard, from now on; return the mark that servers carry in ``MARK``."""
         problem = None
@@ -81,7 +95,8 @@ class _Keeper:
                 self._over = threading.Event()
             self._users += 1
             mark = self._mark
-            if self._pid is None and self._watcher is None:
+            # On Windows a job object does what a guard does elsewhere.
+            if sys.platform != "win32" and not (self._pid or self._watcher):
                 try:
                     self._begin()
                 except _NoGuardError as exc:
@@ -178,11 +193,13 @@ class _Keeper:
 
 
 def _check_possible() -> None:
-    if sys.platform == "win32":
-        raise _NoGuardError("there is none for Windows")
     # An application of its own (frozen, uwsgi) would take our arguments for its own, too.
     name = Path(sys.executable or "").name.lower()
-    if getattr(sys, "frozen", False) or "py" not in name:
+    if (
+        getattr(sys, "frozen", False)
+        or "py" not in name
+        or not os.access(sys.executable, os.X_OK)
+    ):
         raise _NoGuardError(
             f"no Python interpreter is there to run it, but {sys.executable!r}"
         )
@@ -195,7 +212,10 @@ def _spawn_guard(mark: str) -> tuple[int, int]:
     reading, writing = os.pipe()
     try:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(_PROGRAM), mark, str(os.getpid())],
+            [
+                *(_WAITING if os.access(_WAITING[0], os.X_OK) else ()),
+                *(sys.executable, "-I", "-S", str(_PROGRAM), mark, str(os.getpid())),
+            ],
             stdin=reading,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -232,3 +252,11 @@ _keeper: Final = _Keeper()
 acquire: Final = _keeper.acquire
 release: Final = _keeper.release
 forget: Final = _keeper.forget
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which knows no fork
+    os.register_at_fork(
+        # Not while a pipe is made that the child would not know of, and keep open.
+        before=_keeper.hold,
+        after_in_parent=_keeper.let_go,
+        after_in_child=_keeper.forget,
+    )
