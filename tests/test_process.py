@@ -7,6 +7,8 @@ import os
 import resource
 import select
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -313,3 +315,44 @@ async def test_an_end_that_is_interrupted_begins_again(
         await task
     assert processes_left() == []
     process.close()
+
+
+IN_A_CONTAINER = """
+import os, signal, sys, time
+from stepflow_runtime import RestartPolicy, StepflowRuntime
+from stepflow_runtime.server import restart
+restart.FRESH_AFTER = 0
+assert os.getpid() == 1
+def others():
+    return [int(name) for name in os.listdir("/proc") if name.isdigit() and name != "1"]
+with StepflowRuntime.start(
+    binary=sys.argv[1], restart_policy=RestartPolicy.ALWAYS, max_restarts=9
+) as runtime:
+    for crashes in range(1, 4):
+        os.kill(runtime.pid, signal.SIGKILL)
+        while runtime.restarts < crashes or runtime.state.value != "ready":
+            time.sleep(0.01)
+    # The server, its four workers, and the guard: nobody of the earlier ones.
+    print(len(others()))
+print(len(others()))
+"""
+
+
+def test_the_first_process_of_a_container_reaps_what_falls_to_it(
+    fake_server: Callable[[str], Path], real_binary: Path
+) -> None:
+    """Orphans become its children: swept, they would pile up as zombies."""
+    unshare = ["unshare", "--pid", "--fork", "--mount-proc"]
+    if os.getuid() != 0:
+        unshare += ["--user", "--map-root-user"]
+    if subprocess.run([*unshare, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("a PID namespace cannot be made here")
+    script = fake_server(
+        "sleep 1000 & sh -c 'sleep 1000 & sleep 1000 & wait' &\n"
+        f'exec {real_binary} "$@"'
+    )
+    program = [sys.executable, "-c", IN_A_CONTAINER, str(script)]
+    done = subprocess.run(
+        [*unshare, *program], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.split() == ["6", "0"], done.stderr

@@ -236,24 +236,46 @@ class Incarnation:
 
     async def _watch_health(self, process: ServerProcess, port: int) -> None:
         """Kill the server when it is alive, but answers no health requests any more."""
-        options = self._options
-        transport = LoopbackTransport(port, max_connections=1)
-        failures = 0
+        transport = LoopbackTransport(
+            port, max_connections=self._options.max_health_failures
+        )
         try:
-            while failures < options.max_health_failures:
-                await anyio.sleep(options.health_interval)
-                with anyio.move_on_after(options.health_timeout) as patience:
-                    healthy = await self._is_healthy(transport)
-                if not patience.cancelled_caught:
-                    failures = 0 if healthy else failures + 1
-                elif not self._was_late(patience.deadline):
-                    failures += 1
+            while True:
+                await anyio.sleep(self._options.health_interval)
+                if await self._is_hung(transport):
+                    break
         finally:
             await transport.aclose()
         if self._ended.is_set():
             return
         self._was_hung = True
         process.kill()
+
+    async def _is_hung(self, transport: Transport) -> bool:
+        """Ask how the server is; True if there is no good answer, however often we ask.
+
+        A request that was not answered in time is repeated, and goes on waiting: a late
+        answer shows as much life as a prompt one, and a starved server gives no other.
+        """
+        healthy = anyio.Event()
+
+        async def ask() -> None:
+            if await self._is_healthy(transport):
+                healthy.set()
+
+        failures = 0
+        async with quiet_task_group() as tasks:
+            tasks.start_soon(ask)
+            while True:
+                with anyio.move_on_after(self._options.health_timeout) as patience:
+                    await healthy.wait()
+                    return False
+                if self._was_late(patience.deadline):
+                    continue
+                failures += 1
+                if failures == self._options.max_health_failures:
+                    return True
+                tasks.start_soon(ask)
 
     def _was_late(self, deadline: float) -> bool:
         """True if it was our own event loop that was held up, and not the server.

@@ -117,7 +117,9 @@ def filled_pipe(
 def is_alive(pid: int) -> bool:
     """False for a zombie, and for nobody."""
     try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+        process = psutil.Process(pid)
+        # One whose main thread has ended looks like a zombie while its others run.
+        return process.status() != psutil.STATUS_ZOMBIE or process.num_threads() > 1
     except psutil.NoSuchProcess:
         return False
     except (psutil.Error, OSError):
