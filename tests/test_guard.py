@@ -231,7 +231,7 @@ def test_so_does_one_that_ends_otherwise(run: Callable[..., Program], how: str) 
 
 def test_killed_while_it_spawns(run: Callable[..., Program]) -> None:
     """Whatever moment it is, nobody who was being spawned is left."""
-    for _ in range(4):
+    for _ in range(2):
         program = run(
             """
 mark = keeper.acquire()
