@@ -193,12 +193,8 @@ class StepflowRuntime(AsyncContextManagerMixin):
         if self._portal is not None:
             self._portal.close(timeout)
             return
-        supervisor = self._supervisor
-        supervisor.ask_to_stop(timeout)
-        if not supervisor.is_calling():
-            supervisor.journal.block_until(
-                lambda: supervisor.state.is_final, supervisor.longest_stop
-            )
+        self._supervisor.ask_to_stop(timeout)
+        self._supervisor.block_until_over()
 
     async def stop_async(self, timeout: float | None = None) -> None:
         """Stop the server, and wait until it is gone, from any event loop.
@@ -212,10 +208,8 @@ class StepflowRuntime(AsyncContextManagerMixin):
         if self._portal is not None:
             await self._portal.aclose(timeout)
             return
-        supervisor = self._supervisor
-        supervisor.ask_to_stop(timeout)
-        with anyio.move_on_after(supervisor.longest_stop, shield=True):
-            await supervisor.journal.wait_until(lambda: supervisor.state.is_final)
+        self._supervisor.ask_to_stop(timeout)
+        await self._supervisor.wait_stopped()
 
     def __enter__(self) -> Self:
         if in_event_loop():
@@ -418,16 +412,16 @@ class StepflowRuntime(AsyncContextManagerMixin):
         with self._lock:
             if self._portal is not None or self.state is not RuntimeState.NEW:
                 return
+            portal = Portal(self._supervisor)
+            portal.open()
+            self._portal = portal
             if self._options.handle_signals:
                 self._watch = watch()
-            portal = Portal(self._supervisor)
             self._finalizer = weakref.finalize(
                 self, _stop_forsaken, repr(self), self._supervisor, self._watch
             )
             # At the end of the program the portal sees to it, for all at a time.
             self._finalizer.atexit = False
-            portal.open()
-            self._portal = portal
 
     def _prepare_stop(self, timeout: float | None) -> bool:
         """False if there is nothing to stop for this process."""
@@ -452,11 +446,11 @@ class StepflowRuntime(AsyncContextManagerMixin):
 
 def _stop_forsaken(name: str, supervisor: Supervisor, watch: Watch | None) -> None:
     """Stop the server of a handle that nobody holds any more."""
+    if watch is not None:
+        unwatch(watch)
     if supervisor.state.is_final:
         return
     supervisor.ask_to_stop()
-    if watch is not None:
-        unwatch(watch)
     warnings.warn(f"{name} was never stopped", ResourceWarning, stacklevel=2)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import logging
 import threading
+from contextlib import suppress
 from typing import Final
 
 import anyio
@@ -20,13 +21,13 @@ import anyio
 from ..errors import ServerError, ServerStartError
 from ..forks import forget_in_child
 from ..logs.own import report
-from ..loops import Announcer
 from ..server.supervisor import Supervisor
-from ..threads import run_blocking
+from ..threads import run_abandonable
 
 __all__ = ["Portal"]
 
-# From the last that a thread of ours does to its being gone for the interpreter.
+# From the end of the server to that of the thread there are microseconds; unless an
+# on_crash is still running, which has a time of its own.
 _LAST_BREATH: Final = 1.0
 
 _open: set[Portal] = set()
@@ -35,8 +36,6 @@ _open: set[Portal] = set()
 class Portal:
     def __init__(self, supervisor: Supervisor) -> None:
         self._supervisor = supervisor
-        self._over = Announcer()
-        self._is_over = False
         self._thread = threading.Thread(
             target=self._run, name="stepflow-runtime", daemon=True
         )
@@ -58,30 +57,22 @@ class Portal:
             raise error from exc
 
     def close(self, within: float | None = None) -> None:
-        """Have the server stopped, and wait for it; see ``StepflowRuntime.stop``.
-
-        Blocks, unless it is called by a callback that the thread is waiting for.
-        """
+        """Have the server stopped, and wait for it; see ``StepflowRuntime.stop``."""
         self._supervisor.ask_to_stop(within)
-        if not self._supervisor.is_calling():
-            self._join()
+        self._supervisor.block_until_over()
+        if self._is_ending():
+            self._thread.join(_LAST_BREATH)
 
     async def aclose(self, within: float | None = None) -> None:
         """The same for tasks of any event loop. Cancellation waits."""
         self._supervisor.ask_to_stop(within)
-        with anyio.CancelScope(shield=True):
-            if self._supervisor.is_calling():
-                await self._supervisor.journal.wait_until(
-                    lambda: self._supervisor.state.is_final
-                )
-                return
-            with anyio.move_on_after(self._supervisor.longest_stop):
-                await self._over.wait_until(lambda: self._is_over)
-            await run_blocking(self._join, _LAST_BREATH)
+        await self._supervisor.wait_stopped()
+        if self._is_ending():
+            with anyio.CancelScope(shield=True), suppress(RuntimeError):
+                await run_abandonable(self._thread.join, _LAST_BREATH)
 
     def forget(self) -> None:
         """In a forked child: the thread was not inherited."""
-        self._is_over = True
         _open.discard(self)
 
     def _run(self) -> None:
@@ -96,26 +87,15 @@ class Portal:
             self._supervisor.give_up_start(error)
         finally:
             _open.discard(self)
-            self._is_over = True
-            self._over.announce()
 
     async def _live(self) -> None:
         supervisor = self._supervisor
         async with supervisor.running():
             await supervisor.journal.wait_until(lambda: supervisor.state.is_final)
 
-    def _join(self, patience: float | None = None) -> None:
-        if self._is_over:
-            patience = _LAST_BREATH
-        elif patience is None:
-            patience = self._supervisor.longest_stop
-        if not self._over.block_until(lambda: self._is_over, patience):
-            # A callback of the program's (a log handler, say) holds the thread up, perhaps
-            # because it waits for the very thread that waits here.
-            report(logging.ERROR, "a stop was held up; the server is killed")
-            self._supervisor.kill()
-            return
-        self._thread.join(_LAST_BREATH)
+    def _is_ending(self) -> bool:
+        """True if the thread can be waited for: it has nothing left to do but to end."""
+        return self._supervisor.state.is_final and not self._supervisor.is_calling()
 
 
 def _close_all() -> None:

@@ -45,10 +45,7 @@ class SameTask(AbstractAsyncContextManager[T]):
         if anyio.get_current_task().coro is self._entered_in:
             return await self._block.__aexit__(exc_type, exc, traceback)
         self._supervisor.ask_to_stop()
-        with anyio.move_on_after(self._supervisor.longest_stop, shield=True):
-            await self._supervisor.journal.wait_until(
-                lambda: self._supervisor.state.is_final
-            )
+        await self._supervisor.wait_stopped()
         with suppress(RuntimeError):
             await self._block.__aexit__(exc_type, exc, traceback)
         raise RuntimeError(_LEFT_ELSEWHERE) from exc

@@ -1,13 +1,14 @@
 """Where a runtime is in its life, and who waits for it to go on.
 
 Contract: there is one state, and every change of it is seen, in order, by everybody who
-follows, in whichever event loop. One thread at a time makes the changes; any may look.
+follows, in whichever event loop. Any thread may look, and make a change.
 """
 
 from __future__ import annotations
 
 import enum
 import math
+import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -72,17 +73,30 @@ class Journal:
 
     def __init__(self) -> None:
         self._announcer = Announcer()
+        # A signal handler may ask for a stop in the middle of a change.
+        self._lock = threading.RLock()
         self._newest = _Link(StateChange(state=RuntimeState.NEW, at=datetime.now(UTC)))
 
     @property
     def now(self) -> StateChange:
         return self._newest.change
 
-    def enter(self, state: RuntimeState, **details: Any) -> None:
-        """Go over to ``state``, and tell everybody."""
-        link = _Link(replace(self.now, state=state, at=datetime.now(UTC), **details))
-        self._newest.next, self._newest = link, link
+    def enter(
+        self,
+        state: RuntimeState,
+        *,
+        only_from: RuntimeState | None = None,
+        **details: Any,
+    ) -> bool:
+        """Go over to ``state``, and tell everybody; False if it is not ``only_from``."""
+        with self._lock:
+            if only_from not in (None, self.now.state):
+                return False
+            change = replace(self.now, state=state, at=datetime.now(UTC), **details)
+            link = _Link(change)
+            self._newest.next, self._newest = link, link
         self.announce()
+        return True
 
     def announce(self) -> None:
         """Have everybody look again, at what no state tells."""

@@ -111,12 +111,11 @@ class Supervisor:
 
         :raises RuntimeStoppedError: if this supervisor was used before, or asked to stop
         """
-        if self.state is not RuntimeState.NEW:
+        if not self.journal.enter(RuntimeState.STARTING, only_from=RuntimeState.NEW):
             raise RuntimeStoppedError(
                 f"this runtime was used before (it is {self.state.value}); "
                 "StepflowRuntime.start() makes a new one"
             )
-        self.journal.enter(RuntimeState.STARTING)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -139,6 +138,7 @@ class Supervisor:
         finally:
             self.stop_serving()
             self._finish()
+            self._threads.discard(threading.get_ident())
 
     def ask_to_stop(self, within: float | None = None) -> None:
         """Have the server stopped, soon; from any thread, and even a signal handler.
@@ -150,8 +150,7 @@ class Supervisor:
             self._stop_within = (
                 self._options.shutdown_timeout if within is None else within
             )
-        if self.state is RuntimeState.NEW:
-            self.journal.enter(RuntimeState.STOPPED)
+        self.journal.enter(RuntimeState.STOPPED, only_from=RuntimeState.NEW)
         self.journal.announce()
 
     def is_calling(self) -> bool:
@@ -162,20 +161,33 @@ class Supervisor:
         """Have everybody hear that it could not even be tried; or that it broke down."""
         self._fail(partial(_again, error))
 
-    def kill(self) -> None:
-        """Kill the server's session from outside: for when its own thread does not react.
+    def block_until_over(self) -> None:
+        """Wait until a stop that was asked for has come to its end. Blocks, but not for ever.
 
-        Blocks for the time of a sweep.
+        Where our own thread is held up by a callback of the program's (a log handler, say),
+        perhaps because that waits for the very thread that waits here, the server is killed
+        from here.
         """
-        if self._incarnation is not None:
-            self._incarnation.kill_session()
+        if self.is_calling():
+            return  # it is us who are waited for
+        if not self.journal.block_until(
+            lambda: self.state.is_final, self._longest_stop()
+        ):
+            report(logging.ERROR, "a stop was held up; the server is killed")
+            if self._incarnation is not None:
+                self._incarnation.kill_session()
 
-    @property
-    def longest_stop(self) -> float:
+    async def wait_stopped(self) -> None:
+        """The same in an event loop. Cancellation waits."""
+        with anyio.CancelScope(shield=True):
+            with anyio.move_on_after(self._longest_stop()):
+                await self.journal.wait_until(lambda: self.state.is_final)
+            if not self.state.is_final:
+                await run_blocking(self.block_until_over)
+
+    def _longest_stop(self) -> float:
         """Seconds after which a stop that was asked for must have come to its end."""
-        grace = self._grace()
-        # on_crash gets its own shutdown_timeout; the rest is what kernels take to kill.
-        return grace + self._options.shutdown_timeout + LONGEST_KILL
+        return self._grace() + LONGEST_KILL
 
     def stop_serving(self) -> None:
         """Let no call begin any more: the first thing to do when the block ends."""
