@@ -34,7 +34,15 @@ from stepflow_runtime import (
     StepflowRuntime,
 )
 
-from .conftest import ECHO, SLEEP, each_backend, freeze, processes_left, wait_until
+from .conftest import (
+    ECHO,
+    EXAMPLES,
+    SLEEP,
+    each_backend,
+    freeze,
+    processes_left,
+    wait_until,
+)
 
 
 def our_threads() -> list[str]:
@@ -577,6 +585,16 @@ def test_a_program_that_forgets_to_stop_ends_and_leaves_nothing() -> None:
     assert done.stderr == ""
     for pid in done.stdout.split():
         assert not psutil.pid_exists(int(pid))
+
+
+def test_so_does_one_with_a_worker(worker_env: dict[str, str]) -> None:
+    config = EXAMPLES / "python_worker" / "stepflow-config.yml"
+    source = "import sys\nfrom stepflow_runtime import StepflowRuntime\n"
+    source += f"runtime = StepflowRuntime.start({str(config)!r}, env={worker_env!r})\n"
+    source += "print('last line', flush=True)"
+    done = run_program(source, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert processes_left() == []
 
 
 def test_threads_of_the_program_that_go_on_keep_their_server() -> None:

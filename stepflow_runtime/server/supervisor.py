@@ -159,7 +159,8 @@ class Supervisor:
 
     def give_up_start(self, error: ServerStartError) -> None:
         """Have everybody hear that it could not even be tried; or that it broke down."""
-        self._fail(partial(_again, error))
+        if not self.state.is_final:
+            self._fail(partial(_again, error))
 
     def block_until_over(self) -> None:
         """Wait until a stop that was asked for has come to its end. Blocks, but not for ever.
