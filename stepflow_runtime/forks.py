@@ -3,17 +3,20 @@
 A child of ``os.fork`` (multiprocessing's method "fork", too) inherits every descriptor, and
 none of the threads. Contract: in it, what stands for the parent's servers is closed at
 once, without a word to the server, so that the child keeps no pipe and no connection
-open; and it can have runtimes of its own.
+open; and it can have runtimes of its own. While a process of ours is being spawned,
+nobody forks: a child would keep ends of pipes that are closed here right after.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
-__all__ = ["forget_in_child"]
+__all__ = ["forget_in_child", "no_forks"]
 
 
 class Forgettable(Protocol):
@@ -22,6 +25,7 @@ class Forgettable(Protocol):
         ...
 
 
+_spawning = threading.Lock()
 _held: weakref.WeakSet[Forgettable] = weakref.WeakSet()
 
 
@@ -30,14 +34,22 @@ def forget_in_child(held: Forgettable) -> None:
     _held.add(held)
 
 
-def _forget_all() -> None:
+@contextmanager
+def no_forks() -> Iterator[None]:
+    """Let every fork of other threads wait until this block has ended."""
+    with _spawning:
+        yield
+
+
+def _after_in_child() -> None:
+    _spawning.release()
     for held in tuple(_held):
         held.forget()
 
 
-def _register(after_in_child: Callable[[], None]) -> None:
-    if hasattr(os, "register_at_fork"):  # not on Windows, which knows no fork
-        os.register_at_fork(after_in_child=after_in_child)
-
-
-_register(_forget_all)
+if hasattr(os, "register_at_fork"):  # not on Windows, which knows no fork
+    os.register_at_fork(
+        before=_spawning.acquire,
+        after_in_parent=_spawning.release,
+        after_in_child=_after_in_child,
+    )

@@ -18,23 +18,41 @@ from contextlib import suppress
 from typing import Any
 
 import anyio
-import anyio.lowlevel
 
-__all__ = ["Announcer", "Slots", "Waker", "in_event_loop", "post"]
+__all__ = [
+    "Announcer",
+    "Slot",
+    "Slots",
+    "Waker",
+    "current_loop",
+    "has_ended",
+    "in_event_loop",
+    "post",
+]
+
+
+def current_loop() -> Any:
+    """What stands for the event loop that runs in this thread; None if none does."""
+    with suppress(RuntimeError):
+        return asyncio.get_running_loop()
+    # Another thread may be in the middle of importing it.
+    lowlevel: Any = getattr(sys.modules.get("trio"), "lowlevel", None)
+    in_trio_run = getattr(lowlevel, "in_trio_run", None)
+    if in_trio_run is not None and in_trio_run():
+        return lowlevel.current_trio_token()
+    return None
 
 
 def in_event_loop() -> bool:
     """True in a thread that runs an event loop, and so must not be blocked."""
-    with suppress(RuntimeError):
-        asyncio.get_running_loop()
-        return True
-    trio: Any = sys.modules.get("trio")
-    return trio is not None and trio.lowlevel.in_trio_run()
+    return current_loop() is not None
 
 
-def post(token: anyio.lowlevel.EventLoopToken, function: Callable[[], object]) -> bool:
-    """Have ``function`` called in an event loop, soon; False if that loop has ended."""
-    loop: Any = token.native_token
+def post(loop: Any, function: Callable[[], object]) -> bool:
+    """Have ``function`` called in an event loop, soon; False if that loop has ended.
+
+    :param loop: what :func:`current_loop` returned there
+    """
     try:
         if isinstance(loop, asyncio.AbstractEventLoop):
             loop.call_soon_threadsafe(function)
@@ -45,16 +63,24 @@ def post(token: anyio.lowlevel.EventLoopToken, function: Callable[[], object]) -
     return True
 
 
+def has_ended(loop: Any) -> bool:
+    return not post(loop, _nothing)
+
+
+def _nothing() -> None:
+    pass
+
+
 class Waker:
     """Wakes one task, that made it, once."""
 
     def __init__(self) -> None:
-        self._token = anyio.lowlevel.current_token()
+        self._loop = current_loop()
         self._event = anyio.Event()
 
     def wake(self) -> bool:
         """Wake the task, from any thread; False if its event loop has ended."""
-        return post(self._token, self._event.set)
+        return post(self._loop, self._event.set)
 
     async def wait(self) -> None:
         await self._event.wait()
@@ -89,7 +115,8 @@ class Announcer:
     def announce(self) -> None:
         """Tell them, from any thread."""
         for waker in tuple(self._waiting):
-            waker.wake()
+            if not waker.wake():
+                self._waiting.discard(waker)  # what waited ended with its loop
 
     async def wait_until(self, condition: Callable[[], object]) -> None:
         """Wait until ``condition()`` is true; looks at it after each announcement."""
@@ -122,40 +149,91 @@ class Announcer:
         return True
 
 
-class Slots:
-    """So many may enter at once, tasks of whichever event loops."""
+class Slot:
+    """The right to enter, for a task of one event loop.
 
-    def __init__(self, number: int) -> None:
-        self._free = number
-        self._waiting: deque[Waker] = deque()
-        self._lock = threading.Lock()
+    :ivar loop: that loop
+    :ivar holds: whatever goes with the slot
+    """
 
-    async def acquire(self) -> None:
-        """Take a slot. No checkpoint if one is free."""
-        with self._lock:
-            if self._free:
-                self._free -= 1
-                return
-            waker = Waker()
-            self._waiting.append(waker)
-        try:
-            await waker.wait()
-        except BaseException:
-            with self._lock:
-                was_handed_over = waker not in self._waiting
-                if not was_handed_over:
-                    self._waiting.remove(waker)
-            if was_handed_over:
-                self.release()
-            raise
+    def __init__(self, slots: Slots) -> None:
+        self._slots: Slots | None = slots
+        self.loop = current_loop()
+        self.holds: Any = None
 
     def release(self) -> None:
-        """Give a slot back: it is handed to the task that has waited longest."""
+        """Give it back. A second time, as after it was reclaimed, does nothing."""
+        slots, self._slots = self._slots, None
+        if slots is not None:
+            slots._take_back(self)
+
+
+class Slots:
+    """So many may enter at once, tasks of whichever event loops.
+
+    :param on_reclaim: called with the slot of a task whose loop has ended around it, and
+        that will therefore never give it back
+    """
+
+    def __init__(self, number: int, *, on_reclaim: Callable[[Slot], object]) -> None:
+        self._number = number
+        self._on_reclaim = on_reclaim
+        self._waiting: deque[_Claim] = deque()
+        self._taken: set[Slot] = set()
+        # A task that is garbage may give its slot back wherever memory is asked for.
+        self._lock = threading.RLock()
+
+    @property
+    def taken(self) -> tuple[Slot, ...]:
+        return tuple(self._taken)
+
+    async def acquire(self) -> Slot:
+        """Take a slot; the caller has to release it. No checkpoint if one is free."""
+        slot = Slot(self)
+        with self._lock:
+            if len(self._taken) < self._number and not self._waiting:
+                self._taken.add(slot)
+                return slot
+        self._reclaim()
+        claim = _Claim(slot)
+        with self._lock:
+            self._waiting.append(claim)
+        self._hand_out()
+        try:
+            await claim.waker.wait()
+        except BaseException:
+            with self._lock:
+                if claim in self._waiting:
+                    self._waiting.remove(claim)
+            slot.release()  # if it was handed over in the meantime
+            raise
+        return slot
+
+    def _take_back(self, slot: Slot) -> None:
+        with self._lock:
+            self._taken.discard(slot)
+        self._hand_out()
+
+    def _hand_out(self) -> None:
+        """Give what is free to those who have waited longest."""
         while True:
             with self._lock:
-                if not self._waiting:
-                    self._free += 1
+                if not self._waiting or len(self._taken) >= self._number:
                     return
-                waker = self._waiting.popleft()
-            if waker.wake():
-                return
+                claim = self._waiting.popleft()
+                self._taken.add(claim.slot)
+            if not claim.waker.wake():
+                with self._lock:
+                    self._taken.discard(claim.slot)
+
+    def _reclaim(self) -> None:
+        for slot in self.taken:
+            if has_ended(slot.loop):
+                self._on_reclaim(slot)
+                slot.release()
+
+
+class _Claim:
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+        self.waker = Waker()

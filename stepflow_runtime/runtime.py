@@ -8,6 +8,7 @@ error, but what became of the server.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import warnings
@@ -117,8 +118,10 @@ class StepflowRuntime(AsyncContextManagerMixin):
         :param max_health_failures: how many may fail in a row before the server counts as
             hung, and is killed
         :param on_crash: called with the exit code (negative: the signal) when the server
-            ended unasked: in a thread, and what it returns is awaited if it can be. What it
-            raises is logged. When the runtime is left, it has ``shutdown_timeout`` left
+            ended unasked, in a thread. What it returns is awaited if it can be: in the loop
+            that the runtime was entered in, or, if that has a background thread, in an
+            asyncio loop of its own. What it raises is logged. When the runtime is left, it
+            has ``shutdown_timeout`` left
         :param handle_signals: whether SIGTERM unwinds the program (``finally`` blocks run,
             servers are stopped) before it dies of it. Only if the runtime is started in
             the main thread, and the program has no handler of its own
@@ -168,8 +171,8 @@ class StepflowRuntime(AsyncContextManagerMixin):
         :raises ServerStartError: if the server does not become READY
         """
         runtime = cls(ServerOptions.of(config_path, options))
-        runtime._open_portal()
         try:
+            runtime._open_portal()
             await runtime._supervisor.wait_ready()
         except BaseException:
             await runtime.stop_async()
@@ -188,13 +191,16 @@ class StepflowRuntime(AsyncContextManagerMixin):
         :param timeout: seconds that the server has to end by itself, before it is killed;
             None: its ``shutdown_timeout``
         """
-        if not self._prepare_stop(timeout):
+        if not self._may_stop(timeout):
             return
-        if self._portal is not None:
-            self._portal.close(timeout)
-            return
-        self._supervisor.ask_to_stop(timeout)
-        self._supervisor.block_until_over()
+        try:
+            if self._portal is not None:
+                self._portal.close(timeout)
+            else:
+                self._supervisor.ask_to_stop(timeout)
+                self._supervisor.block_until_over()
+        finally:
+            self._let_go()
 
     async def stop_async(self, timeout: float | None = None) -> None:
         """Stop the server, and wait until it is gone, from any event loop.
@@ -203,13 +209,16 @@ class StepflowRuntime(AsyncContextManagerMixin):
 
         :param timeout: as for :meth:`stop`
         """
-        if not self._prepare_stop(timeout):
+        if not self._may_stop(timeout):
             return
-        if self._portal is not None:
-            await self._portal.aclose(timeout)
-            return
-        self._supervisor.ask_to_stop(timeout)
-        await self._supervisor.wait_stopped()
+        try:
+            if self._portal is not None:
+                await self._portal.aclose(timeout)
+            else:
+                self._supervisor.ask_to_stop(timeout)
+                await self._supervisor.wait_stopped()
+        finally:
+            self._let_go()
 
     def __enter__(self) -> Self:
         if in_event_loop():
@@ -401,8 +410,8 @@ class StepflowRuntime(AsyncContextManagerMixin):
         return await self._supervisor.wait_ready()
 
     def _start_in_thread(self) -> None:
-        self._open_portal()
         try:
+            self._open_portal()
             self._supervisor.block_until_ready()
         except BaseException:
             self.stop()
@@ -412,28 +421,29 @@ class StepflowRuntime(AsyncContextManagerMixin):
         with self._lock:
             if self._portal is not None or self.state is not RuntimeState.NEW:
                 return
-            portal = Portal(self._supervisor)
-            portal.open()
-            self._portal = portal
+            # Before it is opened: a KeyboardInterrupt in there must find all to undo it.
+            self._portal = Portal(self._supervisor)
             if self._options.handle_signals:
                 self._watch = watch()
             self._finalizer = weakref.finalize(
-                self, _stop_forsaken, repr(self), self._supervisor, self._watch
+                self, _stop_forsaken, self._owner, self._supervisor, self._watch
             )
             # At the end of the program the portal sees to it, for all at a time.
             self._finalizer.atexit = False
+            self._portal.open()
 
-    def _prepare_stop(self, timeout: float | None) -> bool:
-        """False if there is nothing to stop for this process."""
+    def _may_stop(self, timeout: float | None) -> bool:
+        """False if it is not this process's to stop."""
         if timeout is not None:
             check_seconds("timeout", timeout)
-        if os.getpid() != self._owner:
-            return False
+        return os.getpid() == self._owner
+
+    def _let_go(self) -> None:
+        """What has to stay until the server is gone: SIGTERM may come during a stop."""
         if self._finalizer is not None:
             self._finalizer.detach()
         if self._watch is not None:
             unwatch(self._watch)
-        return True
 
     def _refuse_in_child(self) -> None:
         if os.getpid() != self._owner:
@@ -444,45 +454,53 @@ class StepflowRuntime(AsyncContextManagerMixin):
             )
 
 
-def _stop_forsaken(name: str, supervisor: Supervisor, watch: Watch | None) -> None:
+def _stop_forsaken(owner: int, supervisor: Supervisor, watch: Watch | None) -> None:
     """Stop the server of a handle that nobody holds any more."""
+    if os.getpid() != owner:
+        return
     if watch is not None:
         unwatch(watch)
-    if supervisor.state.is_final:
+    now = supervisor.journal.now
+    if now.state.is_final:
         return
     supervisor.ask_to_stop()
-    warnings.warn(f"{name} was never stopped", ResourceWarning, stacklevel=2)
+    warnings.warn(
+        f"a StepflowRuntime (server pid {now.pid}, port {now.port}) was never stopped",
+        ResourceWarning,
+        stacklevel=2,
+    )
 
 
 class _Clients:
     """The client of the server's present incarnation.
 
     What the last one's had stored, died with it. Apart from the runtime, since the
-    supervisor must not hold that: a handle that nobody holds is noticed so.
+    supervisor must not hold that: a handle that nobody holds is noticed so. Without a
+    lock, since a signal handler that stops the runtime may have interrupted who holds it.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._incarnation = 0
-        self._client: StepflowClient | None = None
-        self._transport: LoopbackTransport | None = None
+        self._by_incarnation: dict[int, tuple[StepflowClient, LoopbackTransport]] = {}
+        self._is_closed = False
 
     def of(self, ready: Ready) -> StepflowClient:
-        client = self._client
-        if client is not None and self._incarnation == ready.incarnation:
-            return client
-        with self._lock:
-            if self._client is None or self._incarnation < ready.incarnation:
-                self._close()
-                self._transport = LoopbackTransport(ready.port)
-                self._client = StepflowClient(self._transport)
-                self._incarnation = ready.incarnation
-            return self._client
+        known = self._by_incarnation.get(ready.incarnation)
+        if known is None:
+            transport = LoopbackTransport(ready.port)
+            made = StepflowClient(transport), transport
+            known = self._by_incarnation.setdefault(ready.incarnation, made)
+            self._close(until=ready.incarnation)
+            if self._is_closed:  # in the meantime
+                known[1].close()
+        return known[0]
 
     def close(self) -> None:
-        with self._lock:
-            self._close()
+        self._is_closed = True
+        self._close()
 
-    def _close(self) -> None:
-        if self._transport is not None:
-            self._transport.close()
+    def _close(self, until: float = math.inf) -> None:
+        for incarnation in sorted(self._by_incarnation):
+            if incarnation < until:
+                known = self._by_incarnation.pop(incarnation, None)
+                if known is not None:
+                    known[1].close()

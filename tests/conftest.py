@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,11 @@ def _leave_nothing_behind(_prepared_process: None) -> Iterator[None]:
     before = open_descriptors()
     yield
     gc.collect()
-    assert processes_left() == []
+    left = processes_left()
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            child.kill()  # one failure is enough
+    assert left == []
     after = open_descriptors()
     assert {fd: what for fd, what in after.items() if before.get(fd) != what} == {}
 

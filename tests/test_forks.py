@@ -141,6 +141,69 @@ with StepflowRuntime.start() as runtime:
     assert done.stdout.split() == ["7", "1"]
 
 
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_a_child_that_unwinds_an_async_block_leaves_it_alone(backend: str) -> None:
+    program = """
+import anyio, os, sys
+from stepflow_runtime import StepflowRuntime
+async def main():
+    async with StepflowRuntime.start() as runtime:
+        if (pid := os.fork()) == 0:
+            await runtime.__aexit__(None, None, None)
+            runtime.stop()
+            os._exit(7)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        print((await runtime.run({"output": 1})).output)
+anyio.run(main, backend=sys.argv[1])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, backend],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout.split() == ["7", "1"]
+
+
+def test_forks_during_starts_hold_nothing_up() -> None:
+    """A child that lives on must not keep an end of a pipe that was just being made."""
+    program = """
+import os, threading, time, warnings
+from stepflow_runtime import StepflowRuntime
+warnings.simplefilter("ignore")
+over = threading.Event()
+children = []
+def fork_again_and_again():
+    while not over.is_set():
+        if (pid := os.fork()) == 0:
+            time.sleep(60)
+            os._exit(0)
+        children.append(pid)
+        time.sleep(0.002)
+thread = threading.Thread(target=fork_again_and_again)
+thread.start()
+try:
+    for _ in range(6):
+        StepflowRuntime.start(startup_timeout=10).stop()
+finally:
+    over.set()
+    thread.join()
+    for pid in children:
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+print("started")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout == "started\n", done.stderr
+
+
 def _child_of_multiprocessing(path: str) -> None:
     Path(path).write_text(str(len(psutil.Process().children())))
 

@@ -129,6 +129,40 @@ def test_a_start_that_is_interrupted_leaves_nothing(
     assert processes_left() == []
 
 
+def test_starts_interrupted_at_random_moments_leave_nothing() -> None:
+    """A KeyboardInterrupt may come in the middle of whatever a start does."""
+    program = """
+import os, random, signal, sys, threading, time
+from stepflow_runtime import StepflowRuntime
+interrupted = 0
+def interrupt():
+    time.sleep(random.uniform(0, 0.05))
+    os.kill(os.getpid(), signal.SIGINT)
+for _ in range(60):
+    thread = threading.Thread(target=interrupt)
+    try:
+        thread.start()
+        runtime = StepflowRuntime.start()
+        runtime.stop()
+        time.sleep(0.1)
+    except KeyboardInterrupt:
+        interrupted += 1
+    runtime = None
+    thread.join()
+deadline = time.monotonic() + 10
+names = [1]
+while names and time.monotonic() < deadline:
+    names = [t.name for t in threading.enumerate() if t.name.startswith("stepflow")]
+    time.sleep(0.01)
+print(interrupted, names)
+"""
+    done = run_program(program)
+    interrupted, names = done.stdout.split(" ", 1)
+    assert int(interrupted) > 30
+    assert names.strip() == "[]", done.stderr
+    assert processes_left() == []
+
+
 def test_bad_options_are_refused_before_a_thread_is_made() -> None:
     with pytest.raises(ValueError, match="startup_timeout"):
         StepflowRuntime.start(startup_timeout=-1)
@@ -368,6 +402,88 @@ def test_on_crash_may_stop_the_runtime(style: str) -> None:
     assert runtime.state is RuntimeState.STOPPED
 
 
+@pytest.mark.parametrize("style", ["sync", "async"])
+@pytest.mark.parametrize("hosting", ["hosted", "entered"])
+@each_backend
+@pytest.mark.anyio
+async def test_on_crash_that_exits_is_reported_and_breaks_nothing(
+    style: str, hosting: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def on_crash(code: int) -> None:
+        sys.exit(1)
+
+    async def on_crash_async(code: int) -> None:
+        sys.exit(1)
+
+    callback = on_crash if style == "sync" else on_crash_async
+    options: Any = {"restart_policy": RestartPolicy.ALWAYS, "on_crash": callback}
+    if hosting == "hosted":
+        runtime = await StepflowRuntime.start_async(**options)
+    else:
+        runtime = StepflowRuntime.start(**options)
+    async with runtime:
+        kill_server(runtime)
+        await wait_until(lambda: runtime.restarts == 1)
+        assert (await runtime.run(ECHO, 1)).output == 1
+        await wait_until(lambda: "on_crash raised" in caplog.text)
+
+
+def test_an_async_on_crash_that_blocks_does_not_hold_up_the_restart() -> None:
+    free = threading.Event()
+
+    async def on_crash(code: int) -> None:
+        free.wait(60)
+
+    with StepflowRuntime.start(
+        restart_policy=RestartPolicy.ALWAYS, on_crash=on_crash
+    ) as runtime:
+        kill_server(runtime)
+        deadline = time.monotonic() + 15
+        while runtime.restarts < 1 or runtime.state is not RuntimeState.READY:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        free.set()
+
+
+def test_a_crash_while_the_supervisor_is_held_up_is_a_crash(
+    blockbuster: BlockBuster,
+) -> None:
+    """A log handler takes its time, and the server dies meanwhile: no bare broken
+    connection comes of it."""
+    stuck = threading.Event()
+
+    class Slow(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if not stuck.is_set():
+                stuck.set()
+                time.sleep(2.5)
+
+    async def call_and_kill() -> None:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(call)
+            await wait_until(stuck.is_set)
+            kill_server(runtime)
+            await anyio.sleep(0.1)
+            tasks.start_soon(call)
+
+    async def call() -> None:
+        with pytest.raises(ServerCrashedError, match="SIGKILL"):
+            await runtime.run(SLEEP, 30_000)
+
+    blockbuster.deactivate()
+    logger = logging.getLogger("stepflow.server")
+    handler = Slow()
+    level = logger.level
+    with StepflowRuntime.start() as runtime:
+        logger.setLevel("INFO")
+        logger.addHandler(handler)
+        try:
+            asyncio.run(call_and_kill())
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+
+
 # -- state changes ---------------------------------------------------------------------
 
 
@@ -531,6 +647,94 @@ def test_a_stop_that_a_log_handler_holds_up_kills_the_server(
         free.set()
     runtime.stop()
     assert runtime.state is RuntimeState.STOPPED
+
+
+def test_of_several_stops_the_most_impatient_has_the_say() -> None:
+    runtime = StepflowRuntime.start(shutdown_timeout=600)
+    freeze(runtime)
+    patient = threading.Thread(target=runtime.stop)
+    patient.start()
+    time.sleep(0.2)
+    runtime.stop(timeout=0.1)
+    patient.join(5)
+    assert not patient.is_alive()
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.anyio
+async def test_asyncios_own_cancellation_of_a_stop_waits_for_its_end() -> None:
+    runtime = await StepflowRuntime.start_async()
+    freeze(runtime)
+    task = asyncio.ensure_future(runtime.stop_async(timeout=0.5))
+    for _ in range(4):
+        await asyncio.sleep(0.05)
+        task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert runtime.state is RuntimeState.STOPPED
+    assert processes_left() == []
+
+
+def test_a_runtime_whose_loop_was_closed_around_it_can_be_stopped() -> None:
+    """Nobody is left there to end the server in good order: it is killed."""
+    program = """
+import asyncio, os, psutil
+from stepflow_runtime import RuntimeStoppedError, StepflowRuntime
+from stepflow_runtime.server import supervisor
+supervisor.LONGEST_KILL = 0.2
+async def enter():
+    return await StepflowRuntime.start(shutdown_timeout=0.1).__aenter__()
+loop = asyncio.new_event_loop()
+runtime = loop.run_until_complete(enter())
+loop.close()
+server = psutil.Process(runtime.pid)
+runtime.stop()
+print(server.status())
+try:
+    asyncio.run(runtime.run({"output": 1}))
+except RuntimeStoppedError:
+    print("stopped", flush=True)
+os._exit(0)
+"""
+    assert run_program(program).stdout.split() == ["zombie", "stopped"]
+    deadline = time.monotonic() + 15
+    while processes_left():  # the guard makes sure of it
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
+@pytest.mark.anyio
+async def test_a_stop_that_is_held_up_kills_the_server_in_a_loop_too(
+    monkeypatch: pytest.MonkeyPatch, blockbuster: BlockBuster
+) -> None:
+    stuck, free = threading.Event(), threading.Event()
+
+    class Stuck(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            stuck.set()
+            free.wait(60)
+
+    blockbuster.deactivate()
+    monkeypatch.setattr("stepflow_runtime.server.supervisor.LONGEST_KILL", 0.2)
+    logger = logging.getLogger("stepflow.server")
+    handler, level = Stuck(), logger.level
+    runtime = await StepflowRuntime.start_async(shutdown_timeout=0.1)
+    logger.setLevel("INFO")
+    logger.addHandler(handler)
+    try:
+        await runtime.run(ECHO, 1)
+        await wait_until(stuck.is_set)
+        server = psutil.Process(runtime.pid)
+        await runtime.stop_async()
+        assert server.status() == psutil.STATUS_ZOMBIE
+        with pytest.raises(RuntimeStoppedError):
+            await runtime.run(ECHO, 1)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        free.set()
+    await runtime.stop_async()
 
 
 def test_stop_in_a_signal_handler_that_interrupts_a_stop() -> None:

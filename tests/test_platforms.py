@@ -95,7 +95,7 @@ async def test_macos_the_end_is_noticed_and_not_reaped(
         await process.wait_exit()
         await process.wait_exit()
     assert ended(process.pid)
-    assert await process.end(1) == 3
+    assert await process.end(lambda: 1) == 3
     process.close()
 
 
@@ -113,7 +113,7 @@ async def test_macos_one_that_has_ended_before_it_could_be_watched(
     process = await ServerProcess.spawn(fake_server("exit 3"), COMMAND)
     with anyio.fail_after(10):
         await process.wait_exit()
-    assert await process.end(1) == 3
+    assert await process.end(lambda: 1) == 3
     process.close()
 
 
@@ -122,11 +122,11 @@ async def test_macos_the_session_is_swept_whole(
     on_macos: None, fake_server: Callable[[str], Path]
 ) -> None:
     script = fake_server(
-        "set -m\nsleep 100 &\n(sleep 100 &)\ntrap '' TERM\nwhile :; do sleep 0.01; done"
+        "trap '' TERM\nset -m\nsleep 100 &\n(sleep 100 &)\nsleep 100 &\nwhile :; do sleep 0.01; done"
     )
     process = await ServerProcess.spawn(script, COMMAND)
-    await wait_until(lambda: len(processes_left()) >= 3)
-    assert await process.end(0.2) == -signal.SIGKILL
+    await wait_until(lambda: len(processes_left()) >= 4)
+    assert await process.end(lambda: 0.2) == -signal.SIGKILL
     assert processes_left() == []
     process.close()
 
@@ -138,7 +138,7 @@ async def test_macos_a_stranger_that_reaped_our_child_takes_its_code(
     process = await ServerProcess.spawn(fake_server("exit 3"), COMMAND)
     await process.wait_exit()
     os.waitpid(process.pid, os.WNOHANG)  # noqa: ASYNC222
-    assert await process.end(1) == 255
+    assert await process.end(lambda: 1) == 255
     process.close()
 
 
@@ -155,7 +155,7 @@ async def test_macos_a_pid_that_was_given_away_is_not_signalled(
         process.kill_session()
     os.kill(process.pid, signal.SIGKILL)
     await wait_until(lambda: ended(process.pid))
-    assert await process.end(0) == -signal.SIGKILL
+    assert await process.end(lambda: 0) == -signal.SIGKILL
     process.close()
 
 
@@ -180,7 +180,7 @@ async def test_macos_standard_input_is_what_was_given(
     await process.wait_exit()
     kind = b"-rw-------0\n" if size > 65536 else b"prw-------1\n"
     assert os.read(process.stdout, 100) == kind
-    assert await process.end(0) == 0
+    assert await process.end(lambda: 0) == 0
     assert (tmp_path / "copy").read_bytes() == content
     assert list(directory.iterdir()) == []
     process.close()

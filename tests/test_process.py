@@ -51,7 +51,7 @@ async def test_standard_input_is_what_was_given(
         process = await ServerProcess.spawn(script, command)
         await process.wait_exit()
         assert os.read(process.stdout, 100) == b""
-        assert await process.end(0) == 0
+        assert await process.end(lambda: 0) == 0
         assert (tmp_path / "copy").read_bytes() == content
         process.close()
 
@@ -74,7 +74,7 @@ async def test_the_session_is_its_own_and_swept_whole(
     await wait_until(lambda: ready(process) and len(processes_left()) >= 5)
     os.kill(process.pid, signal.SIGKILL)
     await process.wait_exit()
-    assert await process.end(5) == -signal.SIGKILL
+    assert await process.end(lambda: 5) == -signal.SIGKILL
     assert processes_left() == []
     process.close()
 
@@ -86,7 +86,7 @@ async def test_a_fork_bomb_of_a_worker_is_swept_too(
     script = fake_server("sh -c 'while :; do (sleep 100 &) ; sleep 0.01; done' &\nwait")
     process = await ServerProcess.spawn(script, COMMAND)
     await wait_until(lambda: len(processes_left()) > 10)
-    assert await process.end(0) == -signal.SIGKILL
+    assert await process.end(lambda: 0) == -signal.SIGKILL
     assert processes_left() == []
     process.close()
 
@@ -103,7 +103,7 @@ async def test_a_lost_sigterm_is_repeated(
     )
     process = await ServerProcess.spawn(script, COMMAND)
     await wait_until(lambda: ready(process))
-    assert await process.end(30) == 0
+    assert await process.end(lambda: 30) == 0
     assert (tmp_path / "terms").read_text() == "x\n" * 5
     process.close()
 
@@ -116,9 +116,9 @@ async def test_ending_is_bounded_and_can_be_repeated(
     process = await ServerProcess.spawn(script, COMMAND)
     await wait_until(lambda: ready(process))
     began = anyio.current_time()
-    assert await process.end(0.2) == -signal.SIGKILL
+    assert await process.end(lambda: 0.2) == -signal.SIGKILL
     assert anyio.current_time() - began >= 0.2
-    assert await process.end(0.2) == -signal.SIGKILL
+    assert await process.end(lambda: 0.2) == -signal.SIGKILL
     process.close()
 
 
@@ -130,7 +130,7 @@ async def test_a_stranger_that_reaped_our_child_costs_nobody_else_anything(
     process = await ServerProcess.spawn(fake_server("exit 3"), COMMAND)
     await process.wait_exit()
     os.waitpid(process.pid, os.WNOHANG)  # noqa: ASYNC222
-    assert await process.end(1) == 255  # the code is lost with the zombie
+    assert await process.end(lambda: 1) == 255  # the code is lost with the zombie
     process.close()
 
 
@@ -149,7 +149,7 @@ async def test_descriptors_are_not_inherited_by_other_children(
     process = await ServerProcess.spawn(fake_server("exec sleep 100"), COMMAND)
     assert not os.get_inheritable(process.stdout)
     assert not os.get_inheritable(process.stderr)
-    assert await process.end(1) == -signal.SIGTERM
+    assert await process.end(lambda: 1) == -signal.SIGTERM
     process.close()
 
 
@@ -204,7 +204,7 @@ async def test_without_pidfds_a_thread_waits(
     with anyio.move_on_after(0.1) as waited:
         await process.wait_exit()
     assert waited.cancelled_caught
-    assert await process.end(0.2) == -signal.SIGKILL
+    assert await process.end(lambda: 0.2) == -signal.SIGKILL
     assert processes_left() == []
     process.close()
 
@@ -227,7 +227,7 @@ async def test_a_member_that_may_not_be_killed_does_not_save_the_others(
     process = await ServerProcess.spawn(script, COMMAND)
     await wait_until(lambda: len(processes_left()) >= 4)
     monkeypatch.setattr(signal, "pidfd_send_signal", refuse_once)
-    await process.end(0)
+    await process.end(lambda: 0)
     assert refused
     assert processes_left() == []
     process.close()
@@ -249,7 +249,7 @@ async def test_a_program_out_of_descriptors_still_ends_its_server(
         with pytest.raises(OSError, match="Too many open files"):
             while True:
                 hoard.append(os.open(os.devnull, os.O_RDONLY))
-        assert await process.end(0.1) == -signal.SIGKILL
+        assert await process.end(lambda: 0.1) == -signal.SIGKILL
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         for fd in hoard:
@@ -272,7 +272,7 @@ async def test_a_program_out_of_threads_still_ends_its_server(
     process = await ServerProcess.spawn(script, COMMAND)
     await wait_until(lambda: len(processes_left()) >= 2)
     monkeypatch.setattr(process_module, "run_blocking", no_thread)
-    assert await process.end(0) == -signal.SIGKILL
+    assert await process.end(lambda: 0) == -signal.SIGKILL
     assert processes_left() == []
     process.close()
 
@@ -291,7 +291,7 @@ async def test_the_programs_own_threads_do_not_delay_the_end(
         with anyio.fail_after(10):
             script = fake_server("exec sleep 100")
             process = await ServerProcess.spawn(script, COMMAND)
-            assert await process.end(1) == -signal.SIGTERM
+            assert await process.end(lambda: 1) == -signal.SIGTERM
             process.close()
         free.set()
 
@@ -307,7 +307,7 @@ async def test_an_end_that_is_interrupted_begins_again(
     )
     process = await ServerProcess.spawn(script, COMMAND)
     await wait_until(lambda: ready(process))
-    task = asyncio.ensure_future(process.end(0.3))
+    task = asyncio.ensure_future(process.end(lambda: 0.3))
     for _ in range(4):
         await asyncio.sleep(pause)
         task.cancel()

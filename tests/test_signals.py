@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -155,6 +156,7 @@ class Program:
         source = HEAD + textwrap.dedent(source)
         self.process = subprocess.Popen(
             [sys.executable, "-c", source, *args],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -172,8 +174,16 @@ class Program:
 
     def finish(self) -> list[str]:
         """Wait for its end; return the lines that it printed."""
-        out, self.errors = self.process.communicate(timeout=30)
+        try:
+            out, self.errors = self.process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            pytest.fail("it does not end: " + "".join(self.process.communicate()))
         return out.splitlines()
+
+    def hear(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
 
 
 # -- SIGTERM ---------------------------------------------------------------------------
@@ -276,16 +286,198 @@ def test_the_bodys_own_exception_is_seen_and_the_program_dies_of_sigterm() -> No
     assert program.process.returncode == -signal.SIGTERM
 
 
+STOPPING = {
+    "sync": """
+        try:
+            with StepflowRuntime.start(shutdown_timeout=1) as runtime:
+                ready(runtime)
+                sys.stdin.readline()
+                print("stopping", flush=True)
+        finally:
+            print("program unwound", flush=True)
+    """,
+    "detached": """
+        runtime = StepflowRuntime.start(shutdown_timeout=1)
+        try:
+            ready(runtime)
+            sys.stdin.readline()
+            print("stopping", flush=True)
+            runtime.stop()
+        finally:
+            print("program unwound", flush=True)
+    """,
+    "detached in a loop": """
+        async def main():
+            runtime = await StepflowRuntime.start_async(shutdown_timeout=1)
+            try:
+                ready(runtime)
+                sys.stdin.readline()
+                print("stopping", flush=True)
+                await runtime.stop_async()
+            finally:
+                print("program unwound", flush=True)
+        anyio.run(main, backend=BACKEND)
+    """,
+    "entered": """
+        async def main():
+            try:
+                async with StepflowRuntime.start(shutdown_timeout=1) as runtime:
+                    ready(runtime)
+                    sys.stdin.readline()
+                    print("stopping", flush=True)
+            finally:
+                print("program unwound", flush=True)
+        anyio.run(main, backend=BACKEND)
+    """,
+    "forgotten": """
+        runtime = StepflowRuntime.start(shutdown_timeout=1)
+        ready(runtime)
+        sys.stdin.readline()
+        print("stopping", flush=True)
+    """,
+}
+
+
+@pytest.mark.parametrize("name", STOPPING)
+@pytest.mark.parametrize("times", [1, 2])
+def test_sigterm_during_a_stop_waits_for_its_end(name: str, times: int) -> None:
+    """The server hears nothing, so that the stop takes its time."""
+    program = Program(STOPPING[name], "asyncio")
+    program.server.suspend()
+    assert program.process.stdin is not None
+    program.process.stdin.write("\n")
+    program.process.stdin.flush()
+    assert program.hear() == "stopping"
+    time.sleep(0.2)
+    for _ in range(times):
+        program.send(signal.SIGTERM)
+        time.sleep(0.1)
+    lines = program.finish()
+    assert sorted(lines) == ["atexit ran", "program unwound"][: len(lines)]
+    assert len(lines) == (1 if name == "forgotten" else 2), program.errors
+    assert program.process.returncode == -signal.SIGTERM
+
+
+def test_a_program_that_goes_on_after_a_sigterm_hears_the_next_one() -> None:
+    """It has caught the SystemExit, on purpose or not."""
+    program = Program(
+        """
+        for number in range(3):
+            try:
+                with StepflowRuntime.start() as runtime:
+                    ready(runtime)
+                    time.sleep(60)
+            except BaseException as exc:
+                print(repr(exc), flush=True)
+        """,
+        "asyncio",
+    )
+    for _ in range(3):
+        program.send(signal.SIGTERM)
+        assert program.hear() == "SystemExit(143)"
+        program.hear()  # READY again
+    assert program.finish() == []
+    assert program.process.returncode == -signal.SIGTERM
+
+
+def test_a_second_sigterm_later_ends_a_blocked_event_loop() -> None:
+    program = Program(
+        """
+        async def main():
+            async with StepflowRuntime.start() as runtime:
+                ready(runtime)
+                try:
+                    time.sleep(60)
+                finally:
+                    print("unwound")
+        anyio.run(main)
+        """,
+        "asyncio",
+    )
+    program.send(signal.SIGTERM)
+    time.sleep(1.2)
+    program.send(signal.SIGTERM)
+    assert program.finish() == ["unwound", "atexit ran"]
+    assert program.process.returncode == -signal.SIGTERM
+
+
+def test_sigterm_while_the_loop_of_an_entered_runtime_does_not_run() -> None:
+    """As between two cells of a notebook, or two tests."""
+    program = Program(
+        """
+        loop = asyncio.new_event_loop()
+        async def enter():
+            await (runtime := StepflowRuntime.start()).__aenter__()
+            return runtime
+        runtime = loop.run_until_complete(enter())
+        ready(runtime)
+        try:
+            time.sleep(60)
+        finally:
+            print("unwound")
+        """,
+        "asyncio",
+    )
+    program.send(signal.SIGTERM)
+    assert program.finish() == ["unwound", "atexit ran"]
+    assert program.process.returncode == -signal.SIGTERM
+    # A block that was never left is the guard's affair.
+    deadline = time.monotonic() + 15
+    while processes_left():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_sigint_handler_of_the_programs_own_hears_of_no_sigterm() -> None:
+    program = Program(
+        """
+        signal.signal(signal.SIGINT, lambda *args: print("mine"))
+        async def main():
+            runtime = await StepflowRuntime.start_async()
+            ready(runtime)
+            await anyio.sleep(60)
+        anyio.run(main, backend="trio")
+        """,
+        "trio",
+    )
+    program.send(signal.SIGTERM)
+    assert program.finish() == ["atexit ran"]
+    assert program.process.returncode == -signal.SIGTERM
+
+
+def test_blocked_signals_are_the_programs_and_not_the_servers() -> None:
+    """As in programs that block SIGTERM, to wait for it in a thread of its own."""
+    program = Program(
+        """
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+        with StepflowRuntime.start() as runtime:
+            ready(runtime)
+            sys.stdin.readline()
+        print(signal.pthread_sigmask(signal.SIG_BLOCK, ()) == {15, 2})
+        """,
+        "asyncio",
+    )
+    status = Path(f"/proc/{program.server.pid}/status").read_text()
+    assert "SigBlk:\t0000000000000000" in status
+    assert program.process.stdin is not None
+    program.process.stdin.close()
+    program.process.stdin = None
+    assert program.finish() == ["True", "atexit ran"]
+
+
 def test_a_handler_of_the_programs_own_is_called_and_stays() -> None:
     program = Program(
         """
+        heard = []
         def mine(number, frame):
-            print("mine", flush=True)
+            heard.append("mine")
         signal.signal(signal.SIGTERM, mine)
         with StepflowRuntime.start() as runtime:
             assert signal.getsignal(signal.SIGTERM) is mine
             ready(runtime)
-            signal.pause()
+            while not heard:
+                time.sleep(0.01)
+            print(*heard)
             print(runtime.state.value)
         assert signal.getsignal(signal.SIGTERM) is mine
         """,
@@ -417,10 +609,12 @@ def test_the_terminals_ctrl_c_does_not_reach_the_server() -> None:
     """It goes to the foreground process group; the server is not in ours."""
     program = Program(
         """
-        signal.signal(signal.SIGINT, lambda number, frame: None)
+        heard = []
+        signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
         with StepflowRuntime.start() as runtime:
             ready(runtime)
-            signal.pause()
+            while not heard:
+                time.sleep(0.01)
             time.sleep(0.2)
             print(runtime.state.value)
         """,

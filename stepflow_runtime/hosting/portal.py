@@ -23,12 +23,13 @@ from ..forks import forget_in_child
 from ..logs.own import report
 from ..server.supervisor import Supervisor
 from ..threads import run_abandonable
+from .signals import begin_end, prepare_last_word
 
 __all__ = ["Portal"]
 
 # From the end of the server to that of the thread there are microseconds; unless an
 # on_crash is still running, which has a time of its own.
-_LAST_BREATH: Final = 1.0
+_LAST_BREATH: Final = 0.3
 
 _open: set[Portal] = set()
 
@@ -50,15 +51,21 @@ class Portal:
         forget_in_child(self)
         try:
             self._thread.start()
-        except RuntimeError as exc:
+        except BaseException as exc:
+            # There is no thread to be had; or a KeyboardInterrupt came, and then there may
+            # be one, which ends at once.
             _open.discard(self)
-            error = ServerStartError(f"no thread for the server's supervisor: {exc}")
+            error = ServerStartError(f"no thread for the server's supervisor: {exc!r}")
             self._supervisor.give_up_start(error)
-            raise error from exc
+            if isinstance(exc, RuntimeError):
+                raise error from exc
+            raise
 
     def close(self, within: float | None = None) -> None:
         """Have the server stopped, and wait for it; see ``StepflowRuntime.stop``."""
         self._supervisor.ask_to_stop(within)
+        if self._thread.ident is None:
+            return  # a signal handler, that interrupted `open`: it ends at once
         self._supervisor.block_until_over()
         if self._is_ending():
             self._thread.join(_LAST_BREATH)
@@ -90,7 +97,9 @@ class Portal:
 
     async def _live(self) -> None:
         supervisor = self._supervisor
-        async with supervisor.running():
+        if supervisor.state.is_final:
+            return
+        async with supervisor.running(in_loop_of_its_own=True):
             await supervisor.journal.wait_until(lambda: supervisor.state.is_final)
 
     def _is_ending(self) -> bool:
@@ -100,11 +109,13 @@ class Portal:
 
 def _close_all() -> None:
     """Stop the servers that the program has forgotten, all at the same time."""
+    begin_end()
     portals = tuple(_open)
     for portal in portals:
         portal._supervisor.ask_to_stop()
     for portal in portals:
         portal.close()
+    prepare_last_word()
 
 
 atexit.register(_close_all)

@@ -5,6 +5,9 @@ guard. Contract: while a runtime lives that was started in the main thread, SIGT
 the program as ``sys.exit`` does, the blocks around runtimes first, so that servers are
 stopped; and then the program dies of SIGTERM all the same, as whoever sent it expects.
 
+A second SIGTERM within a second changes nothing; a later one is raised in the main thread
+wherever that is, so that a blocked event loop can be ended, too.
+
 A handler that is there already is the program's own (a web server's, asyncio's) and is
 left alone, and so is one that comes later. SIGINT is never touched: Python, asyncio and
 trio make a KeyboardInterrupt of it, and the blocks unwind by themselves.
@@ -13,26 +16,37 @@ trio make a KeyboardInterrupt of it, and the blocks unwind by themselves.
 from __future__ import annotations
 
 import asyncio
-import atexit
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, Final
 
 import anyio
-import anyio.lowlevel
 
 from ..forks import forget_in_child
-from ..loops import post
+from ..loops import current_loop, in_event_loop, post
 
-__all__ = ["Watch", "unwinding_on_sigterm"]
+__all__ = [
+    "Watch",
+    "begin_end",
+    "prepare_last_word",
+    "unwatch",
+    "unwinding_on_sigterm",
+    "watch",
+]
 
 # What shells say of a program that died of a signal.
 _EXIT_CODE: Final = 128 + signal.SIGTERM
+
+# Some senders signal twice: a process, and then its group. Later than this it is
+# somebody who finds that it takes too long.
+_REPETITION: Final = 1.0
 
 
 def _die(signal: Any = signal, os: Any = os) -> None:
@@ -44,12 +58,13 @@ def _die(signal: Any = signal, os: Any = os) -> None:
 class Watch:
     """A runtime that SIGTERM has to reach.
 
-    :param interrupt: makes the block around it unwind; None: there is no block, or it is
-        an ordinary one of the main thread
+    :param interrupt: makes the block around it unwind, and returns False if there is no
+        event loop to do so; None: there is no block, or it is an ordinary one
     """
 
-    def __init__(self, interrupt: Callable[[], object] | None = None) -> None:
+    def __init__(self, interrupt: Callable[[], bool] | None = None) -> None:
         self.interrupt = interrupt
+        self.was_struck = False
 
 
 class _Desk:
@@ -57,7 +72,9 @@ class _Desk:
 
     def __init__(self) -> None:
         self._watches: list[Watch] = []
+        self._struck_at = -math.inf
         self.has_struck = False
+        self.is_program_ending = False
         forget_in_child(self)
 
     def add(self, watch: Watch) -> None:
@@ -68,6 +85,8 @@ class _Desk:
             with suppress(ValueError):  # a subinterpreter
                 signal.signal(signal.SIGTERM, self._strike)
         if self._has_handler():
+            if not self._watches:
+                self.has_struck = False  # a program that goes on has not died of it
             self._watches.append(watch)
 
     def remove(self, watch: Watch) -> None:
@@ -76,29 +95,50 @@ class _Desk:
             self._watches.remove(watch)
         is_main = threading.current_thread() is threading.main_thread()
         # In another thread the handler has to stay; with nobody watching it does what
-        # would have been done without it.
-        if is_main and not self._watches and self._has_handler():
+        # would have been done without it. And a program that unwinds is not to be killed
+        # by a second signal.
+        if (
+            is_main
+            and not self._watches
+            and self._has_handler()
+            and not self.has_struck
+        ):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def forget(self) -> None:
         """In a forked child: the parent's runtimes are not its business."""
         self._watches.clear()
+        self._struck_at = -math.inf
         self.has_struck = False
 
     def _has_handler(self) -> bool:
         return signal.getsignal(signal.SIGTERM) == self._strike
 
     def _strike(self, number: int, frame: FrameType | None) -> None:
-        if not self._watches:
-            _die()
-        if self.has_struck:
-            # It is on its way. Some senders signal twice: a process, and then its group.
+        now = time.monotonic()
+        is_repetition = now - self._struck_at < _REPETITION
+        self._struck_at = now
+        if self.is_program_ending:
+            self.has_struck = True
             return
+        fresh = [each for each in self._watches if not each.was_struck]
+        if not fresh:
+            if is_repetition:
+                return
+            if not self._watches:
+                _die()
+            # It was told, and did not hear: a blocked event loop, or a caught exception.
+            _exit()
         self.has_struck = True
-        interrupts = [each.interrupt for each in self._watches if each.interrupt]
-        for interrupt in reversed(interrupts):
-            interrupt()
-        if not interrupts:
+        self._unwind(fresh, frame)
+
+    def _unwind(self, watches: list[Watch], frame: FrameType | None) -> None:
+        heard = False
+        for each in reversed(watches):
+            each.was_struck = True
+            if each.interrupt is not None and each.interrupt():
+                heard = True
+        if not (heard and in_event_loop()):
             _unwind_main_thread(frame)
 
 
@@ -112,12 +152,16 @@ class _LastWord:
         die()
 
 
-@atexit.register
-def _prepare_last_word() -> None:
+def begin_end() -> None:
+    """The program is ending: SIGTERM has nothing left to unwind, and is only noted."""
+    _desk.is_program_ending = True
+
+
+def prepare_last_word() -> None:
     """Have the program die of the SIGTERM that has unwound it, when all else is done.
 
-    Not here: ``atexit`` runs its functions in the reverse order of their registration, and
-    there is no being the last one. What hangs on ``sys.last_value`` is let go by the
+    Not at once: ``atexit`` runs its functions in the reverse order of their registration,
+    and there is no being the last one. What hangs on ``sys.last_value`` is let go by the
     interpreter right after them, and after the standard streams were flushed. Should it
     not come to that, the exit code says the same.
     """
@@ -127,7 +171,7 @@ def _prepare_last_word() -> None:
         sys.last_value = _LastWord()  # type: ignore[assignment]
 
 
-def watch(interrupt: Callable[[], object] | None = None) -> Watch:
+def watch(interrupt: Callable[[], bool] | None = None) -> Watch:
     """Let SIGTERM unwind the program for as long as a runtime lives."""
     new = Watch(interrupt)
     _desk.add(new)
@@ -141,9 +185,9 @@ def unwatch(watch: Watch) -> None:
 @contextmanager
 def unwinding_on_sigterm() -> Iterator[None]:
     """Let SIGTERM cancel this block of async code, and raise SystemExit after it."""
-    token = anyio.lowlevel.current_token()
+    loop = current_loop()
     with anyio.CancelScope() as scope:
-        mine = watch(lambda: post(token, scope.cancel))
+        mine = watch(lambda: post(loop, scope.cancel))
         try:
             yield
         finally:
@@ -162,10 +206,10 @@ def _unwind_main_thread(frame: FrameType | None) -> None:
         # Between two steps, and not in the middle of the loop's own work.
         asyncio.get_running_loop().call_soon_threadsafe(_exit)
         return
-    trio: Any = sys.modules.get("trio")
     on_sigint = signal.getsignal(signal.SIGINT)
-    if trio is not None and trio.lowlevel.in_trio_run() and callable(on_sigint):
-        # trio knows where an exception may be raised, but does it for Ctrl-C only.
+    if callable(on_sigint) and getattr(on_sigint, "__module__", "").startswith("trio."):
+        # trio knows where an exception may be raised, but does it for Ctrl-C only. Where
+        # that has another handler, it has to be raised wherever trio may be.
         on_sigint(signal.SIGINT, frame)
         return
     _exit()

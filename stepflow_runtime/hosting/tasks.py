@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractAsyncContextManager, suppress
 from types import TracebackType
 from typing import TypeVar
@@ -33,6 +34,7 @@ class SameTask(AbstractAsyncContextManager[T]):
 
     async def __aenter__(self) -> T:
         # The coroutine itself, and not its id, which another one may get after its end.
+        self._entered_by = os.getpid()
         self._entered_in = anyio.get_current_task().coro
         return await self._block.__aenter__()
 
@@ -42,6 +44,8 @@ class SameTask(AbstractAsyncContextManager[T]):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool | None:
+        if os.getpid() != self._entered_by:
+            return None  # a forked child unwinds: nothing in here is its own
         if anyio.get_current_task().coro is self._entered_in:
             return await self._block.__aexit__(exc_type, exc, traceback)
         self._supervisor.ask_to_stop()

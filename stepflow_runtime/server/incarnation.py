@@ -108,6 +108,10 @@ class Incarnation:
         if self._process is not None:
             self._process.kill_session()
 
+    async def has_ended(self) -> bool:
+        """True if the process is gone, also if its own task has not noticed yet."""
+        return self._process is None or await self._process.has_ended()
+
     def _become_ready(self, process: ServerProcess, port: int) -> None:
         self._ready_since = anyio.current_time()
         self._on_ready(process.pid, port)
@@ -136,7 +140,7 @@ class Incarnation:
         finally:
             self._note_end()
             try:
-                self._code = await process.end(self._grace())
+                self._code = await process.end(self._grace)
             finally:
                 self._let_pumps_drain()
                 self._gone.set()

@@ -24,6 +24,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Final
 
+from ..forks import forget_in_child, no_forks
 from ..logs.own import report
 from .guard import MARK
 
@@ -65,6 +66,7 @@ class _Keeper:
     def __init__(self) -> None:
         self._pipe: int | None = None
         self.forget()
+        forget_in_child(self)
 
     def forget(self) -> None:
         """Begin anew, in a child that was just forked: the guard is its parent's."""
@@ -79,12 +81,6 @@ class _Keeper:
         self._over = threading.Event()
         self._watcher: threading.Thread | None = None
         self._warned = False
-
-    def hold(self) -> None:
-        self._lock.acquire()
-
-    def let_go(self) -> None:
-        self._lock.release()
 
     def acquire(self) -> str:
         """Have a guard, from now on; return the mark that servers carry in ``MARK``."""
@@ -143,7 +139,8 @@ class _Keeper:
     def _spawn(self) -> int:
         _check_possible()
         try:
-            self._pid, self._pipe = _spawn_guard(self._mark)
+            with no_forks():
+                self._pid, self._pipe = _spawn_guard(self._mark)
         except Exception as exc:  # OSError, or the interpreter is ending
             raise _NoGuardError(f"it cannot be started: {exc!r}") from exc
         return self._pid
@@ -252,11 +249,3 @@ _keeper: Final = _Keeper()
 acquire: Final = _keeper.acquire
 release: Final = _keeper.release
 forget: Final = _keeper.forget
-
-if hasattr(os, "register_at_fork"):  # not on Windows, which knows no fork
-    os.register_at_fork(
-        # Not while a pipe is made that the child would not know of, and keep open.
-        before=_keeper.hold,
-        after_in_parent=_keeper.let_go,
-        after_in_child=_keeper.forget,
-    )

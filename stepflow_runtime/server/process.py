@@ -11,7 +11,7 @@ import logging
 import math
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Final
 
 import anyio
 import msgspec
+import psutil
 
 from ..errors import ServerStartError
 from ..logs.entry import LogEntry
@@ -174,19 +175,24 @@ class ServerProcess:
         """Kill the process and its session. For any thread; blocks until they are dead."""
         self._child.sweep(spare_leader=False, timeout=_KILL_TIMEOUT)
 
-    async def end(self, grace: float) -> int:
+    async def has_ended(self) -> bool:
+        """Ask the system, from any event loop: nobody here may have noticed yet."""
+        return await run_blocking(_has_ended, self.pid)
+
+    async def end(self, grace: Callable[[], float]) -> int:
         """End the process and its whole session, and return the exit code.
 
-        Asks first, and waits for ``grace`` seconds at most; with 0 it does not ask.
-        Bounded, in all, by ``grace`` and some seconds that only a process that the kernel
-        cannot kill would use. Runs to its end although the caller is cancelled.
+        Asks first, and waits for ``grace()`` seconds at most, which may become less in
+        the meantime; with 0 it does not ask. Bounded, in all, by that and some seconds
+        that only a process that the kernel cannot kill would use. Runs to its end although
+        the caller is cancelled.
         """
-        ask_until = anyio.current_time() + grace
+        began = anyio.current_time()
         interruption: BaseException | None = None
         while True:
             try:
                 with anyio.CancelScope(shield=True):
-                    await self._end(ask_until)
+                    await self._end(lambda: began + grace())
                 break
             except anyio.get_cancelled_exc_class() as exc:
                 # No shield stops asyncio's own cancellation, and a program in a hurry
@@ -204,31 +210,28 @@ class ServerProcess:
         """Close the pipes and whatever else stands for the process."""
         self._child.close()
 
-    async def _end(self, ask_until: float) -> None:
-        with anyio.CancelScope(deadline=ask_until):
-            await self._ask_to_end(ask_until)
+    async def _end(self, ask_until: Callable[[], float]) -> None:
+        await self._ask_to_end(ask_until)
         await self._sweep(spare_leader=False, timeout=_KILL_TIMEOUT)
         # Should the sweep have failed: this needs neither a descriptor nor a thread.
         self._child.kill()
         with anyio.move_on_after(_KILL_TIMEOUT):
             await self.wait_exit()
 
-    async def _ask_to_end(self, ask_until: float) -> None:
+    async def _ask_to_end(self, until: Callable[[], float]) -> None:
         now = anyio.current_time()
-        if now >= ask_until:
-            return
-        workers_until = min(now + _WORKERS_GRACE, (now + ask_until) / 2)
-        while True:
+        workers_until = min(now + _WORKERS_GRACE, (now + until()) / 2)
+        while now < until():
             self._child.terminate()
-            with anyio.CancelScope(
-                deadline=anyio.current_time() + _REPEAT_SIGTERM
-            ) as turn:
-                turn.deadline = min(turn.deadline, workers_until)
+            turn = min(now + _REPEAT_SIGTERM, workers_until, until())
+            with anyio.CancelScope(deadline=turn):
                 await self.wait_exit()
                 return
-            if anyio.current_time() >= workers_until:
+            now = anyio.current_time()
+            if now >= workers_until:
                 await self._sweep(spare_leader=True, timeout=_WORKERS_GRACE)
                 workers_until = math.inf
+                now = anyio.current_time()
 
     async def _sweep(self, *, spare_leader: bool, timeout: float) -> None:
         """Sweep the session; a program that is out of everything gets the best there is."""
@@ -275,6 +278,13 @@ def _discard(child: Child) -> None:
     child.sweep(spare_leader=False, timeout=_KILL_TIMEOUT)
     child.reap()
     child.close()
+
+
+def _has_ended(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _why_not_executed(binary: Path, exc: OSError | RuntimeError) -> str:

@@ -16,7 +16,7 @@ import os
 import random
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,6 +36,7 @@ from ..errors import (
 )
 from ..logs.own import report
 from ..logs.sinks import LogHub
+from ..loops import current_loop
 from ..threads import run_abandonable, run_blocking
 from . import keeper, restart
 from .binary import find_binary
@@ -92,7 +93,9 @@ class Supervisor:
         self._failure: Callable[[], ServerError] | None = None
         self._stop_within: float | None = None
         self._guard = _Guard()
-        self._threads: set[int] = set()
+        self._loop: Any = None
+        self._has_loop_of_its_own = False
+        self._calling_threads: set[int] = set()
         self._launch_trouble = ""
         self._telling: list[anyio.CancelScope] = []
         self._tell_until = math.inf
@@ -100,7 +103,7 @@ class Supervisor:
     @property
     def ready(self) -> Ready | None:
         """The server, if it is there to be used."""
-        return self._ready
+        return self._ready if self._stop_within is None else None
 
     @property
     def state(self) -> RuntimeState:
@@ -118,7 +121,7 @@ class Supervisor:
             )
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
+    async def running(self, *, in_loop_of_its_own: bool = False) -> AsyncIterator[None]:
         """Start the server; yield when it is READY; stop it.
 
         The body's exception leaves as itself. Cancellation, of the start too, leaves
@@ -129,7 +132,8 @@ class Supervisor:
         :raises ServerStartError: if the server does not become READY
         :raises RuntimeStoppedError: if it was asked to stop
         """
-        self._threads.add(threading.get_ident())
+        self._loop = current_loop()
+        self._has_loop_of_its_own = in_loop_of_its_own
         try:
             async with quiet_task_group() as tasks:
                 tasks.start_soon(self._live, tasks)
@@ -138,24 +142,26 @@ class Supervisor:
         finally:
             self.stop_serving()
             self._finish()
-            self._threads.discard(threading.get_ident())
+            self._loop = None
 
     def ask_to_stop(self, within: float | None = None) -> None:
         """Have the server stopped, soon; from any thread, and even a signal handler.
 
         :param within: seconds that the server has to end by itself; None: as the options
-            say. The first to ask has the say.
+            say. Of several, the most impatient has the say.
         """
-        if self._stop_within is None:
-            self._stop_within = (
-                self._options.shutdown_timeout if within is None else within
-            )
+        seconds = self._options.shutdown_timeout if within is None else within
+        before = self._stop_within
+        self._stop_within = seconds if before is None else min(before, seconds)
         self.journal.enter(RuntimeState.STOPPED, only_from=RuntimeState.NEW)
         self.journal.announce()
 
     def is_calling(self) -> bool:
-        """True in the supervisor's own thread, and in a callback that it waits for."""
-        return threading.get_ident() in self._threads
+        """True in the supervisor's own event loop, and in a callback that it waits for."""
+        loop = current_loop()
+        return (loop is not None and loop is self._loop) or (
+            threading.get_ident() in self._calling_threads
+        )
 
     def give_up_start(self, error: ServerStartError) -> None:
         """Have everybody hear that it could not even be tried; or that it broke down."""
@@ -171,20 +177,34 @@ class Supervisor:
         """
         if self.is_calling():
             return  # it is us who are waited for
-        if not self.journal.block_until(
-            lambda: self.state.is_final, self._longest_stop()
-        ):
-            report(logging.ERROR, "a stop was held up; the server is killed")
-            if self._incarnation is not None:
-                self._incarnation.kill_session()
+        if not self.journal.block_until(self._is_over, self._longest_stop()):
+            self._kill_from_outside()
 
     async def wait_stopped(self) -> None:
-        """The same in an event loop. Cancellation waits."""
-        with anyio.CancelScope(shield=True):
-            with anyio.move_on_after(self._longest_stop()):
-                await self.journal.wait_until(lambda: self.state.is_final)
-            if not self.state.is_final:
-                await run_blocking(self.block_until_over)
+        """The same in an event loop. Cancellation waits, asyncio's own too."""
+        deadline = anyio.current_time() + self._longest_stop()
+        interruption: BaseException | None = None
+        while not self._is_over():
+            try:
+                with anyio.CancelScope(shield=True, deadline=deadline) as patience:
+                    await self.journal.wait_until(self._is_over)
+            except anyio.get_cancelled_exc_class() as exc:
+                interruption = exc
+                continue
+            if patience.cancelled_caught:
+                with anyio.CancelScope(shield=True):
+                    await run_blocking(self._kill_from_outside)
+                break
+        if interruption is not None:
+            raise interruption
+
+    def _is_over(self) -> bool:
+        return self.state.is_final
+
+    def _kill_from_outside(self) -> None:
+        report(logging.ERROR, "a stop was held up; the server is killed")
+        if self._incarnation is not None:
+            self._incarnation.kill_session()
 
     def _longest_stop(self) -> float:
         """Seconds after which a stop that was asked for must have come to its end."""
@@ -204,7 +224,7 @@ class Supervisor:
         :raises ServerError: if it will not be any more: ``ServerStartError``,
             ``ServerCrashedError`` or ``RuntimeStoppedError``
         """
-        while (ready := self._ready) is None:
+        while (ready := self.ready) is None:
             if (refusal := self._refusal()) is not None:
                 # The cancellation that stopped the runtime may be the caller's, too: then
                 # that is what it should hear of.
@@ -216,7 +236,7 @@ class Supervisor:
     def block_until_ready(self) -> None:
         """The same for a thread without an event loop: blocks it."""
         self.journal.block_until(self._is_decided)
-        if self._ready is None and (refusal := self._refusal()) is not None:
+        if self.ready is None and (refusal := self._refusal()) is not None:
             raise refusal
 
     async def wait_over(self) -> None:
@@ -224,21 +244,24 @@ class Supervisor:
 
         :raises ServerCrashedError: if it was lost for good
         """
-        await self.journal.wait_until(lambda: self.state.is_final)
+        await self.journal.wait_until(self._is_over)
         if self._failure is not None:
             raise self._failure()
 
     async def explain_loss(self, incarnation: int) -> ServerError | None:
         """Tell why a connection to a server broke; None if that server is well.
 
-        Waits until the server's end is examined: milliseconds, and bounded.
+        Waits until the server's end is examined: milliseconds, unless the program itself
+        holds the supervisor up.
         """
-        with anyio.move_on_after(_LOSS_NOTICE):
-            await self.journal.wait_until(lambda: not self._serves(incarnation))
-        if self._serves(incarnation):
-            return None
+        while self._serves(incarnation):
+            with anyio.move_on_after(_LOSS_NOTICE) as patience:
+                await self.journal.wait_until(lambda: not self._serves(incarnation))
+            server = self._incarnation
+            if patience.cancelled_caught and server and not await server.has_ended():
+                return None
         await self.journal.wait_until(
-            lambda: self._ready is not None or self.state is not RuntimeState.READY
+            lambda: self._is_decided() or self.state is not RuntimeState.READY
         )
         await anyio.lowlevel.checkpoint()  # as in wait_ready
         if (refusal := self._refusal()) is not None:
@@ -380,20 +403,33 @@ class Supervisor:
         self._telling.append(scope)
         try:
             with scope:
-                told = await run_abandonable(self._calling, on_crash, code)
-                if inspect.isawaitable(told):
+                told = await run_abandonable(self._call, on_crash, code)
+                if told is not None:
                     await told
-        except Exception as exc:  # noqa: BLE001 - the user's function
+        except (Exception, SystemExit) as exc:  # noqa: BLE001 - the user's function
             report(logging.ERROR, "on_crash raised", exc=exc)
         finally:
             self._telling.remove(scope)
 
-    def _calling(self, on_crash: Callable[[int], Any], code: int) -> Any:
-        self._threads.add(threading.get_ident())
+    def _call(
+        self, on_crash: Callable[[int], Any], code: int
+    ) -> Awaitable[object] | None:
+        """Call it; return what is to be awaited in the supervisor's loop.
+
+        That is the loop of the caller's, who may use what belongs to it; or else it is ours
+        alone, and must not be blocked: then it is awaited here.
+        """
+        self._calling_threads.add(threading.get_ident())
         try:
-            return on_crash(code)
+            told = on_crash(code)
+            if not inspect.isawaitable(told):
+                return None
+            if not self._has_loop_of_its_own:
+                return told
+            anyio.run(_wait_for, told)
         finally:
-            self._threads.discard(threading.get_ident())
+            self._calling_threads.discard(threading.get_ident())
+        return None
 
     # -- state ---------------------------------------------------------------------
 
@@ -428,7 +464,7 @@ class Supervisor:
         self.journal.enter(RuntimeState.FAILED, pid=None, **details)
 
     def _is_decided(self) -> bool:
-        return self._ready is not None or self._refusal() is not None
+        return self.ready is not None or self._refusal() is not None
 
     def _serves(self, incarnation: int) -> bool:
         return self._ready is not None and self._ready.incarnation == incarnation
@@ -437,7 +473,8 @@ class Supervisor:
         """Why there will be no READY any more; None if there may be."""
         if self._failure is not None:
             return self._failure()
-        if self.state in (RuntimeState.STOPPING, RuntimeState.STOPPED):
+        stopping = (RuntimeState.STOPPING, RuntimeState.STOPPED)
+        if self._stop_within is not None or self.state in stopping:
             return RuntimeStoppedError("this runtime is stopped")
         return None
 
@@ -469,6 +506,10 @@ class _Guard:
     def marked(self, command: Command) -> Command:
         """The command with the mark by which the guard knows its processes."""
         return replace(command, env={**command.env, MARK: self._mark or ""})
+
+
+async def _wait_for(told: Awaitable[object]) -> None:
+    await told
 
 
 def _again(error: ServerStartError) -> ServerStartError:

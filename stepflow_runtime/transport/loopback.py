@@ -16,6 +16,7 @@ import errno
 import os
 import socket
 from collections import deque
+from contextlib import suppress
 from typing import Final
 
 import anyio
@@ -24,7 +25,7 @@ import httptools
 
 from ..errors import ConnectionLostError
 from ..forks import forget_in_child
-from ..loops import Slots
+from ..loops import Slot, Slots, has_ended
 from . import Response
 
 __all__ = ["LoopbackTransport"]
@@ -43,9 +44,8 @@ class LoopbackTransport:
 
     def __init__(self, port: int, *, max_connections: int = MAX_CONNECTIONS) -> None:
         self._port = port
-        self._slots = Slots(max_connections)
+        self._slots = Slots(max_connections, on_reclaim=_close_connection)
         self._idle: deque[_Connection] = deque()
-        self._busy: set[_Connection] = set()
         self._closed = False
         forget_in_child(self)
 
@@ -54,22 +54,20 @@ class LoopbackTransport:
     ) -> Response:
         message = _message(method, path, self._port, body)
         await anyio.lowlevel.checkpoint_if_cancelled()
-        await self._slots.acquire()
+        slot = await self._slots.acquire()
         try:
-            return await self._request(message)
+            connection = slot.holds = self._take_idle() or _Connection()
+            return await self._request(connection, message)
         finally:
-            self._slots.release()
+            slot.release()
 
-    async def _request(self, message: bytes) -> Response:
-        connection = self._take_idle() or _Connection()
-        self._busy.add(connection)
+    async def _request(self, connection: _Connection, message: bytes) -> Response:
         reusable = False
         try:
             await connection.connect(self._port)
             self._refuse_if_closed()
             response, reusable = await connection.exchange(message)
         finally:
-            self._busy.discard(connection)
             if reusable:
                 self._idle.append(connection)
             else:
@@ -85,14 +83,20 @@ class LoopbackTransport:
         """Close every connection; from any thread."""
         self._closed = True
         self._close_idle()
-        for connection in tuple(self._busy):
-            # Who waits for it, wherever that is, wakes up, and closes it.
-            connection.hang_up()
+        for slot in self._slots.taken:
+            if slot.holds is None:
+                continue
+            if has_ended(slot.loop):
+                _close_connection(slot)
+            else:
+                # Who waits for it, wherever that is, wakes up, and closes it.
+                slot.holds.hang_up()
 
     def forget(self) -> None:
         self._closed = True
-        for connection in (*self._idle, *self._busy):
-            connection.close()
+        self._close_idle()
+        for slot in self._slots.taken:
+            _close_connection(slot)
 
     def _take_idle(self) -> _Connection | None:
         while True:
@@ -106,12 +110,18 @@ class LoopbackTransport:
             connection.close()
 
     def _close_idle(self) -> None:
-        while (connection := self._take_idle()) is not None:
-            connection.close()
+        while self._idle:
+            with suppress(IndexError):
+                self._idle.pop().close()
 
     def _refuse_if_closed(self) -> None:
         if self._closed:
             raise ConnectionLostError("the transport is closed", unsent=True)
+
+
+def _close_connection(slot: Slot) -> None:
+    if slot.holds is not None:
+        slot.holds.close()
 
 
 class _Connection:

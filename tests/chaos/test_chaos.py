@@ -353,6 +353,8 @@ def test_python_is_terminated(
             kill_at(program, "start", chance.uniform(0.0, 0.3), signal.SIGTERM)
             account.injected += 1
             assert program.returncode == -signal.SIGTERM
+            assert program.stdout is not None
+            assert program.stdout.read().endswith(b"unwound\n")
             left = victims.wait_gone(GONE_AFTER)
             account.left += len(left)
             assert left == []

@@ -45,23 +45,25 @@ async def use(runtime: StepflowRuntime) -> None:
 
 
 async def live(config: str | None) -> None:
-    while True:
-        say("start")
-        async with StepflowRuntime.start(
-            config, restart_policy=RestartPolicy.ALWAYS, max_restarts=100
-        ) as runtime:
-            await use(runtime)
-            say("stop")
+    async with StepflowRuntime.start():  # SIGTERM always finds one
+        while True:
+            say("start")
+            async with StepflowRuntime.start(
+                config, restart_policy=RestartPolicy.ALWAYS, max_restarts=100
+            ) as runtime:
+                await use(runtime)
+                say("stop")
 
 
 def live_hosted(config: str | None) -> None:
-    while True:
-        say("start")
-        with StepflowRuntime.start(
-            config, restart_policy=RestartPolicy.ALWAYS, max_restarts=100
-        ) as runtime:
-            asyncio.run(use(runtime))
-            say("stop")
+    with StepflowRuntime.start():
+        while True:
+            say("start")
+            with StepflowRuntime.start(
+                config, restart_policy=RestartPolicy.ALWAYS, max_restarts=100
+            ) as runtime:
+                asyncio.run(use(runtime))
+                say("stop")
 
 
 def live_twice(config: str | None) -> None:
@@ -72,9 +74,12 @@ def live_twice(config: str | None) -> None:
 
 if __name__ == "__main__":
     how, config = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None
-    if how == "hosted":
-        live_hosted(config)
-    elif how == "twice":
-        live_twice(config)
-    else:
-        anyio.run(live, config, backend=how)
+    try:
+        if how == "hosted":
+            live_hosted(config)
+        elif how == "twice":
+            live_twice(config)
+        else:
+            anyio.run(live, config, backend=how)
+    finally:
+        say("unwound")

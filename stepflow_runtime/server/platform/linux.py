@@ -19,6 +19,7 @@ from pathlib import Path
 import anyio
 import psutil
 
+from ...forks import no_forks
 from ...threads import run_abandonable
 from ..options import Command
 
@@ -43,7 +44,8 @@ def spawn(binary: Path, command: Command) -> LinuxChild:
     # Opened first: after the spawn nothing may fail before somebody owns the process.
     spare = nothing()
     try:
-        process = start(binary, command, _stdin(command.stdin))
+        with no_forks():
+            process = start(binary, command, _stdin(command.stdin))
     except BaseException:
         os.close(spare)
         raise

@@ -64,7 +64,13 @@ async def read(fd: int) -> bytes:
 
 
 def start(binary: Path, command: Command, stdin: int) -> subprocess.Popen[bytes]:
-    """Start ``binary`` in a new session, and close ``stdin``."""
+    """Start ``binary`` in a new session, and close ``stdin``.
+
+    To be called in a thread of ours, since the process inherits its mask of signals: a
+    program that blocks SIGTERM, to wait for it, must not have a server that never hears
+    it. While that is put right here, one that arrives just now could strike the program.
+    """
+    blocked = signal.pthread_sigmask(signal.SIG_SETMASK, ())
     try:
         return subprocess.Popen(
             [str(binary), *command.argv],
@@ -76,6 +82,8 @@ def start(binary: Path, command: Command, stdin: int) -> subprocess.Popen[bytes]
             start_new_session=True,
         )
     finally:
+        if blocked:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         os.close(stdin)
 
 
