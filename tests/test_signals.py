@@ -385,8 +385,8 @@ def test_a_second_sigterm_later_ends_a_blocked_event_loop() -> None:
         """
         async def main():
             async with StepflowRuntime.start() as runtime:
-                ready(runtime)
                 try:
+                    ready(runtime)
                     time.sleep(60)
                 finally:
                     print("unwound")
@@ -410,8 +410,8 @@ def test_sigterm_while_the_loop_of_an_entered_runtime_does_not_run() -> None:
             await (runtime := StepflowRuntime.start()).__aenter__()
             return runtime
         runtime = loop.run_until_complete(enter())
-        ready(runtime)
         try:
+            ready(runtime)
             time.sleep(60)
         finally:
             print("unwound")
