@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import psutil
 import pytest
+from blockbuster import BlockBuster
 
 from stepflow_runtime import (
     RestartPolicy,
@@ -241,6 +243,22 @@ async def test_a_crashed_server_comes_back_on_the_same_port() -> None:
         assert (await runtime.run(ECHO, 2)).output == 2
         assert runtime.port == port
         assert runtime.pid != pid
+        assert runtime.restarts == 1
+
+
+@each_backend
+async def test_a_call_that_cannot_have_arrived_is_made_again(
+    blockbuster: BlockBuster,
+) -> None:
+    """The server is gone, and nobody here has had the time to notice."""
+    blockbuster.deactivate()
+    async with StepflowRuntime.start(restart_policy=RestartPolicy.ALWAYS) as runtime:
+        server = psutil.Process(runtime.pid)
+        server.kill()
+        while server.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.001)  # noqa: ASYNC251 - no other task may run
+        assert runtime.state is RuntimeState.READY
+        assert (await runtime.run(ECHO, 1)).output == 1
         assert runtime.restarts == 1
 
 

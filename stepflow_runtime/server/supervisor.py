@@ -73,7 +73,7 @@ class Ready:
 class Supervisor:
     """Keeps one server.
 
-    Its tasks live in one event loop. :meth:`ask_to_stop`, :meth:`kill`, the properties and
+    Its tasks live in one event loop. :meth:`ask_to_stop`, the properties and
     everything that waits may be used from any thread and any loop.
 
     :param on_stopping: called when no call may begin any more, before the server is ended
