@@ -13,7 +13,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 __all__ = ["forget_in_child", "no_forks"]
@@ -26,6 +26,7 @@ class Forgettable(Protocol):
 
 
 _spawning = threading.Lock()
+_forking = threading.local()
 _held: weakref.WeakSet[Forgettable] = weakref.WeakSet()
 
 
@@ -41,15 +42,30 @@ def no_forks() -> Iterator[None]:
         yield
 
 
-def _after_in_child() -> None:
+def _before() -> None:
+    # An exception in here would be dropped, and the fork made all the same: a signal must
+    # not take away the knowledge of whether we have the lock.
+    _forking.has_lock = False
+    while not _forking.has_lock:
+        with suppress(BaseException):
+            _forking.has_lock = _spawning.acquire(timeout=1)
+
+
+def _after_in_parent() -> None:
+    _forking.has_lock = False
     _spawning.release()
+
+
+def _after_in_child() -> None:
+    global _spawning
+    _spawning = threading.Lock()
     for held in tuple(_held):
         held.forget()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which knows no fork
     os.register_at_fork(
-        before=_spawning.acquire,
-        after_in_parent=_spawning.release,
+        before=_before,
+        after_in_parent=_after_in_parent,
         after_in_child=_after_in_child,
     )

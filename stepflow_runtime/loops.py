@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, Final
 
 import anyio
 
@@ -29,6 +29,10 @@ __all__ = [
     "in_event_loop",
     "post",
 ]
+
+
+# How often those who wait for a slot see whether one was lost with its event loop.
+_LOOK_AGAIN: Final = 1.0
 
 
 def current_loop() -> Any:
@@ -180,6 +184,7 @@ class Slots:
         self._on_reclaim = on_reclaim
         self._waiting: deque[_Claim] = deque()
         self._taken: set[Slot] = set()
+        self._reclaimed_at = -math.inf
         # A task that is garbage may give its slot back wherever memory is asked for.
         self._lock = threading.RLock()
 
@@ -194,13 +199,15 @@ class Slots:
             if len(self._taken) < self._number and not self._waiting:
                 self._taken.add(slot)
                 return slot
-        self._reclaim()
         claim = _Claim(slot)
         with self._lock:
             self._waiting.append(claim)
         self._hand_out()
         try:
-            await claim.waker.wait()
+            while not claim.is_granted:
+                self._reclaim()
+                with anyio.move_on_after(_LOOK_AGAIN):
+                    await claim.waker.wait()
         except BaseException:
             with self._lock:
                 if claim in self._waiting:
@@ -222,13 +229,21 @@ class Slots:
                     return
                 claim = self._waiting.popleft()
                 self._taken.add(claim.slot)
+                claim.is_granted = True
             if not claim.waker.wake():
                 with self._lock:
                     self._taken.discard(claim.slot)
 
     def _reclaim(self) -> None:
+        """Take back what ended with its loop. Not by each of a crowd of waiters."""
+        now = time.monotonic()
+        if now - self._reclaimed_at < _LOOK_AGAIN / 2:
+            return
+        self._reclaimed_at = now
+        loops = {id(slot.loop): slot.loop for slot in self.taken}
+        ended = {key for key, loop in loops.items() if has_ended(loop)}
         for slot in self.taken:
-            if has_ended(slot.loop):
+            if id(slot.loop) in ended:
                 self._on_reclaim(slot)
                 slot.release()
 
@@ -237,3 +252,4 @@ class _Claim:
     def __init__(self, slot: Slot) -> None:
         self.slot = slot
         self.waker = Waker()
+        self.is_granted = False

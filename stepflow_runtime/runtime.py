@@ -436,7 +436,11 @@ class StepflowRuntime(AsyncContextManagerMixin):
         """False if it is not this process's to stop."""
         if timeout is not None:
             check_seconds("timeout", timeout)
-        return os.getpid() == self._owner
+        if os.getpid() != self._owner:
+            return False
+        if self._watch is not None:
+            self._watch.is_leaving = True
+        return True
 
     def _let_go(self) -> None:
         """What has to stay until the server is gone: SIGTERM may come during a stop."""

@@ -428,6 +428,27 @@ async def test_on_crash_that_exits_is_reported_and_breaks_nothing(
         await wait_until(lambda: "on_crash raised" in caplog.text)
 
 
+@pytest.mark.parametrize("hosting", ["hosted", "entered"])
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.anyio
+async def test_on_crash_that_waits_for_a_cancelled_task_breaks_nothing(
+    hosting: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def on_crash(code: int) -> None:
+        raise asyncio.CancelledError
+
+    options: Any = {"restart_policy": RestartPolicy.ALWAYS, "on_crash": on_crash}
+    if hosting == "hosted":
+        runtime = await StepflowRuntime.start_async(**options)
+    else:
+        runtime = StepflowRuntime.start(**options)
+    async with runtime:
+        kill_server(runtime)
+        await wait_until(lambda: runtime.restarts == 1)
+        assert (await runtime.run(ECHO, 1)).output == 1
+        await wait_until(lambda: "on_crash raised" in caplog.text)
+
+
 def test_an_async_on_crash_that_blocks_does_not_hold_up_the_restart() -> None:
     free = threading.Event()
 

@@ -65,6 +65,8 @@ class Watch:
     def __init__(self, interrupt: Callable[[], bool] | None = None) -> None:
         self.interrupt = interrupt
         self.was_struck = False
+        self.is_leaving = False
+        """True when it needs no other signal: its runtime is on the way to its end."""
 
 
 class _Desk:
@@ -93,16 +95,18 @@ class _Desk:
         """Stop watching. The last one restores what was there, where that is possible."""
         with suppress(ValueError):
             self._watches.remove(watch)
+        if not self._watches:
+            self.restore()
+
+    def restore(self) -> None:
+        """Take the handler away, if that is possible, and SIGTERM has not struck.
+
+        In another thread than the main one it has to stay; with nobody watching it does
+        what would have been done without it. And a program that unwinds is not to be
+        killed by a second signal.
+        """
         is_main = threading.current_thread() is threading.main_thread()
-        # In another thread the handler has to stay; with nobody watching it does what
-        # would have been done without it. And a program that unwinds is not to be killed
-        # by a second signal.
-        if (
-            is_main
-            and not self._watches
-            and self._has_handler()
-            and not self.has_struck
-        ):
+        if is_main and self._has_handler() and not self.has_struck:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def forget(self) -> None:
@@ -115,22 +119,25 @@ class _Desk:
         return signal.getsignal(signal.SIGTERM) == self._strike
 
     def _strike(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        is_repetition = now - self._struck_at < _REPETITION
-        self._struck_at = now
         if self.is_program_ending:
             self.has_struck = True
             return
+        now = time.monotonic()
         fresh = [each for each in self._watches if not each.was_struck]
-        if not fresh:
-            if is_repetition:
-                return
-            if not self._watches:
-                _die()
+        if fresh:
+            self._struck_at = now
+            self.has_struck = True
+            self._unwind(fresh, frame)
+        elif now - self._struck_at >= _REPETITION:
+            self._struck_at = now
+            self._strike_again(frame)
+
+    def _strike_again(self, frame: FrameType | None) -> None:
+        if not self._watches and not self.has_struck:
+            _die()
+        if not self._watches or any(not each.is_leaving for each in self._watches):
             # It was told, and did not hear: a blocked event loop, or a caught exception.
-            _exit()
-        self.has_struck = True
-        self._unwind(fresh, frame)
+            _raise_in_main_thread(frame)
 
     def _unwind(self, watches: list[Watch], frame: FrameType | None) -> None:
         heard = False
@@ -165,6 +172,7 @@ def prepare_last_word() -> None:
     interpreter right after them, and after the standard streams were flushed. Should it
     not come to that, the exit code says the same.
     """
+    _desk.restore()
     if _desk.has_struck:
         for name in ("last_exc", "last_value", "last_traceback"):
             setattr(sys, name, None)
@@ -187,12 +195,17 @@ def unwinding_on_sigterm() -> Iterator[None]:
     """Let SIGTERM cancel this block of async code, and raise SystemExit after it."""
     loop = current_loop()
     with anyio.CancelScope() as scope:
-        mine = watch(lambda: post(loop, scope.cancel))
+
+        def hear() -> None:
+            mine.is_leaving = True
+            scope.cancel()
+
+        mine = watch(lambda: post(loop, hear))
         try:
             yield
         finally:
             unwatch(mine)
-    if scope.cancel_called:
+    if mine.was_struck:
         raise SystemExit(_EXIT_CODE)
 
 
@@ -206,6 +219,10 @@ def _unwind_main_thread(frame: FrameType | None) -> None:
         # Between two steps, and not in the middle of the loop's own work.
         asyncio.get_running_loop().call_soon_threadsafe(_exit)
         return
+    _raise_in_main_thread(frame)
+
+
+def _raise_in_main_thread(frame: FrameType | None) -> None:
     on_sigint = signal.getsignal(signal.SIGINT)
     if callable(on_sigint) and getattr(on_sigint, "__module__", "").startswith("trio."):
         # trio knows where an exception may be raised, but does it for Ctrl-C only. Where

@@ -15,5 +15,5 @@ def report(
     level: int, message: str, *args: object, exc: BaseException | None = None
 ) -> None:
     """Log something, and never raise: a handler of the user's must not end supervision."""
-    with suppress(Exception):
+    with suppress(Exception, SystemExit):
         logger.log(level, message, *args, exc_info=exc)

@@ -55,7 +55,7 @@ class LogHub:
         for sink in self._sinks:
             try:
                 sink(entry)
-            except Exception as exc:  # noqa: BLE001 - the users' handlers
+            except (Exception, SystemExit) as exc:  # noqa: BLE001 - the users' handlers
                 self._report(sink, exc)
 
     def newest(self, limit: int) -> list[LogEntry]:
@@ -66,7 +66,7 @@ class LogHub:
         """Return what was taken after the first ``taken`` entries, as far as it is kept."""
         return self.newest(self.taken - taken)
 
-    def _report(self, sink: Callable[[LogEntry], None], exc: Exception) -> None:
+    def _report(self, sink: Callable[[LogEntry], None], exc: BaseException) -> None:
         if sink not in self._reported:
             self._reported.add(sink)
             report(

@@ -177,7 +177,10 @@ class ServerProcess:
 
     async def has_ended(self) -> bool:
         """Ask the system, from any event loop: nobody here may have noticed yet."""
-        return await run_blocking(_has_ended, self.pid)
+        try:
+            return await run_blocking(_has_ended, self.pid)
+        except (OSError, RuntimeError, psutil.Error):
+            return False  # no descriptor or thread to ask with: it is not known to have
 
     async def end(self, grace: Callable[[], float]) -> int:
         """End the process and its whole session, and return the exit code.

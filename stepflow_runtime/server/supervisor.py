@@ -36,7 +36,7 @@ from ..errors import (
 )
 from ..logs.own import report
 from ..logs.sinks import LogHub
-from ..loops import current_loop
+from ..loops import current_loop, has_ended
 from ..threads import run_abandonable, run_blocking
 from . import keeper, restart
 from .binary import find_binary
@@ -177,13 +177,19 @@ class Supervisor:
         """
         if self.is_calling():
             return  # it is us who are waited for
-        if not self.journal.block_until(self._is_over, self._longest_stop()):
+        if (
+            self._loop is not None
+            and has_ended(self._loop)
+            or not self.journal.block_until(self._is_over, self._longest_stop())
+        ):
             self._kill_from_outside()
 
     async def wait_stopped(self) -> None:
         """The same in an event loop. Cancellation waits, asyncio's own too."""
         deadline = anyio.current_time() + self._longest_stop()
         interruption: BaseException | None = None
+        if self._loop is not None and has_ended(self._loop):
+            deadline = -math.inf
         while not self._is_over():
             try:
                 with anyio.CancelScope(shield=True, deadline=deadline) as patience:
@@ -205,6 +211,10 @@ class Supervisor:
         report(logging.ERROR, "a stop was held up; the server is killed")
         if self._incarnation is not None:
             self._incarnation.kill_session()
+        if self._loop is not None and has_ended(self._loop):
+            # It was closed around the runtime: nobody is left to say so.
+            self._ready = None
+            self._finish()
 
     def _longest_stop(self) -> float:
         """Seconds after which a stop that was asked for must have come to its end."""
@@ -405,7 +415,7 @@ class Supervisor:
             with scope:
                 told = await run_abandonable(self._call, on_crash, code)
                 if told is not None:
-                    await told
+                    await _wait_for(told, scope)
         except (Exception, SystemExit) as exc:  # noqa: BLE001 - the user's function
             report(logging.ERROR, "on_crash raised", exc=exc)
         finally:
@@ -426,7 +436,9 @@ class Supervisor:
                 return None
             if not self._has_loop_of_its_own:
                 return told
-            anyio.run(_wait_for, told)
+            anyio.run(_wait_for, told, None)
+        except BaseException as exc:  # noqa: BLE001 - the user's function
+            report(logging.ERROR, "on_crash raised", exc=exc)
         finally:
             self._calling_threads.discard(threading.get_ident())
         return None
@@ -508,8 +520,15 @@ class _Guard:
         return replace(command, env={**command.env, MARK: self._mark or ""})
 
 
-async def _wait_for(told: Awaitable[object]) -> None:
-    await told
+async def _wait_for(told: Awaitable[object], scope: anyio.CancelScope | None) -> None:
+    try:
+        await told
+    except anyio.get_cancelled_exc_class() as exc:
+        # Ours, if its time is up; or one that it has come by itself, from a cancelled
+        # task that it waited for: that must not pass for a cancellation of ours.
+        if scope is not None and scope.cancel_called:
+            raise
+        report(logging.ERROR, "on_crash raised", exc=exc)
 
 
 def _again(error: ServerStartError) -> ServerStartError:
