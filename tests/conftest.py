@@ -166,7 +166,10 @@ async def wait_until(condition: Callable[[], object]) -> None:
 
 def freeze(runtime: stepflow_runtime.StepflowRuntime) -> None:
     """Stop the server as a debugger does, and wait until it has stopped."""
-    process = psutil.Process(runtime.pid)
+    freeze_process(psutil.Process(runtime.pid))
+
+
+def freeze_process(process: psutil.Process) -> None:
     process.suspend()
     deadline = time.monotonic() + 15
     while process.status() != psutil.STATUS_STOPPED:

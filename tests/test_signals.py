@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from .conftest import processes_left
+from .conftest import freeze_process, processes_left
 
 # Each says READY and the server's pid when it is to be signalled. A `finally` that runs
 # says so; what comes after the block must not be reached.
@@ -343,7 +343,7 @@ STOPPING = {
 def test_sigterm_during_a_stop_waits_for_its_end(name: str, times: int) -> None:
     """The server hears nothing, so that the stop takes its time."""
     program = Program(STOPPING[name], "asyncio")
-    program.server.suspend()
+    freeze_process(program.server)
     assert program.process.stdin is not None
     program.process.stdin.write("\n")
     program.process.stdin.flush()
