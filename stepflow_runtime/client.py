@@ -1,211 +1,396 @@
-"""StepflowClient: the executor over the Stepflow HTTP API.
+"""StepflowClient: the executor of a Stepflow server elsewhere.
 
-Contract: it turns calls into requests and answers into values; it knows neither how
-bytes travel (``transport``) nor what the fields are called (``wire``). One client
-speaks to one life of one server: what it remembers of the flows it stored holds as long
-as that server's store does. Tasks of several event loops, in several threads, may use one.
+Contract: the calls are those of an embedded runtime (``api``); what is added is the way
+there. What is safe to repeat is repeated, with growing pauses; anything else never.
+Credentials go to the server and nowhere else: not into a repr, a log or an error.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from hashlib import sha256
-from typing import Any, Final, TypeVar, TypeVarTuple, Unpack
+import base64
+import random
+import urllib.request
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self
+from urllib.parse import SplitResult, unquote, urlsplit
 
 import anyio
-import anyio.lowlevel
-import anyio.to_thread
-import msgspec
+from anyio import AsyncContextManagerMixin
 
-from . import flows, wire
-from .errors import ApiError, ConnectionLostError, InvalidFlowError
-from .executor import Diagnostic, FlowResult, FlowSource
-from .transport import Response, Transport
+from . import wire
+from .api import ApiExecutor
+from .crew import Crew
+from .errors import ConnectionLostError
+from .groups import quiet_task_group
+from .transport import NO_HEADERS, Heir, Response, Stream, Transport
+from .transport.direct import DirectTransport
+
+if TYPE_CHECKING:
+    import httpx
 
 __all__ = ["StepflowClient"]
 
-T = TypeVar("T")
-Args = TypeVarTuple("Args")
+_TIMEOUT: Final = 30.0
 
-# Threads that look after workflow files.
-_FILE_THREADS: Final = 4
+# Pauses before a request is repeated, in seconds; each is shortened by chance, so that the
+# clients of a server that comes back do not come all at once.
+_PAUSES: Final = (0.1, 0.2, 0.5, 1.0, 2.0)
 
-# The server answers a waiting request at once for a run that is paused.
-_STILL_RUNNING_PAUSE: Final = 0.1
+# What proxies answer for a server that is not there just now.
+_NOT_NOW: Final = frozenset({429, 502, 503, 504})
 
-# How many flows we remember having stored. A program that makes up flows as it goes must
-# not make us grow with it; forgetting one costs two requests.
-_REMEMBERED_FLOWS: Final = 1000
+# How long leaving the client waits for runs to be cancelled whose callers have gone.
+_LAST_ERRANDS: Final = 3.0
+
+# A server sends a sign of life every 15 s where nothing happens.
+_SILENCE: Final = 60.0
 
 
-class StepflowClient:
-    """Runs workflows on the server at the other end of ``transport``."""
+class StepflowClient(ApiExecutor, AsyncContextManagerMixin):
+    """Runs workflows on a Stepflow server elsewhere: the calls of ``StepflowRuntime``.
 
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-        self._flow_ids: dict[bytes | flows.FileKey, str] = {}
-        self._lock = threading.Lock()
+    ::
 
-    async def run(
+        async with StepflowClient("https://stepflow.example.org", headers=...) as client:
+            result = await client.run("workflow.yaml", {"x": 1})
+
+    A client may be used from any thread and any event loop, of asyncio and trio. It may
+    also be used without being entered; then a background thread does what must outlive
+    calls (cancelling their runs), and :meth:`aclose` or :meth:`close` is to be called.
+
+    :param url: the server's address, ``http://`` or ``https://``, with or without
+        ``/api/v1``. A user and password in it are sent by HTTP's basic authentication
+    :param headers: sent with each request, ``{"Authorization": "Bearer ..."}``
+    :param timeout: seconds in which a server must answer what it need not wait for (a
+        run's end is waited for without end); None: 30
+    :param http_client: an ``httpx.AsyncClient`` to send all requests by, for certificates,
+        authentication or proxies of your own. It stays yours to close, and the client has
+        to be entered, in the event loop that it belongs to
+    :raises ValueError: naming the parameter, if a value cannot work
+    :raises TypeError: naming the parameter, if a value is of the wrong kind
+
+    Proxies are those of the environment (``HTTPS_PROXY``, ``NO_PROXY`` ...).
+    """
+
+    def __init__(
         self,
-        flow: FlowSource,
-        input: Any = None,
-        overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        url: str,
         *,
-        variables: Mapping[str, Any] | None = None,
-    ) -> FlowResult:
-        """See :meth:`stepflow_runtime.StepflowRuntime.run`."""
-        flow_id = await self.store_flow(flow)
-        request = wire.run_request(
-            flow_id, [input], overrides=overrides, variables=variables
+        headers: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+        http_client: httpx.AsyncClient | None = None,
+    ) -> None:
+        self._address = _Address.of(url)
+        crew = Crew(may_hire=True)
+        seconds = _TIMEOUT if timeout is None else timeout
+        _check_timeout(seconds)
+        transport = _transport(
+            self._address,
+            {**self._address.authorization, **_checked_headers(headers)},
+            seconds,
+            crew,
+            http_client,
         )
-        answer = await self._ask(wire.decode_run, "POST", "/runs", request)
-        if not answer.summary.has_ended:
-            # The server waits 300 s and then answers with a run that goes on.
-            try:
-                answer = await self._wait_for_end(answer)
-            except ConnectionLostError as exc:
-                exc.unsent = False  # the run was sent, and taken
-                raise
-        return wire.flow_result(
-            answer.summary, answer.results[0] if answer.results else None
-        )
+        self._crew = crew
+        self._transport = transport
+        self._needs_entering = http_client is not None
+        self._is_closed = False
+        super().__init__(crew)
 
-    async def store_flow(self, flow: FlowSource) -> str:
-        """Store a workflow on the server, unless it is known to be there; return its id.
-
-        :raises FlowDefinitionError: if the workflow cannot be read or is not valid
-        :raises ApiError: if the server refuses it for another reason
-        :raises ConnectionLostError: if there was no answer
-        """
-        if isinstance(flow, Mapping):
-            loaded = flows.load(flow)
-            key: bytes | flows.FileKey = sha256(loaded.encoded).digest()
-            if (known := self._flow_ids.get(key)) is not None:
-                return known
-        else:
-            key = await self._in_thread(flows.stat_key, flows.as_path(flow))
-            if (known := self._flow_ids.get(key)) is not None:
-                return known
-            loaded = await self._in_thread(flows.load, flow)
-        flow_id = await self._store(loaded)
-        self._remember(key, flow_id)
-        return flow_id
-
-    async def _in_thread(
-        self, function: Callable[[Unpack[Args]], T], *args: *Args
-    ) -> T:
-        """Call ``function`` where it may block.
-
-        The program's own threads may all be waiting for this very call.
-        """
-        return await anyio.to_thread.run_sync(function, *args, limiter=_threads())
+    @property
+    def url(self) -> str:
+        """The server's address, without credentials and without a slash at the end."""
+        return self._address.url
 
     async def aclose(self) -> None:
-        """Close the way to the server; calls under way fail."""
-        await self._transport.aclose()
+        """Close all connections; calls under way fail. Runs go on on the server."""
+        self._is_closed = True
+        with anyio.CancelScope(shield=True):
+            await self._transport.aclose()
+        self._crew.dismiss()
 
-    async def _store(self, flow: flows.Flow) -> str:
-        """Have the flow analysed, then stored, in two requests.
+    def close(self) -> None:
+        """The same for a program without an event loop."""
+        self._is_closed = True
+        self._transport.close()
+        self._crew.dismiss()
 
-        ``POST /flows`` would do both, but it takes every number of the document through a
-        float: a step with the input ``duration_ms: 50`` is stored with ``50.0``, and a
-        component that wants an integer fails. ``POST /blobs`` stores what it is given,
-        and runs take its id; but it looks at nothing.
-        """
-        await self._analyse(flow)
-        request = wire.blob_request(flow.encoded)
-        return (
-            await self._ask(wire.decode_stored_blob, "POST", "/blobs", request)
-        ).blob_id
+    def __enter__(self) -> Self:
+        return self
 
-    async def _analyse(self, flow: flows.Flow) -> None:
-        request = wire.flow_request(
-            flows.without_retry_limits(flow.encoded), dry_run=True
-        )
-        response = await self._transport.request("POST", f"{wire.API}/flows", request)
-        if response.status in (400, 422):
-            raise InvalidFlowError(
-                f"{flow.source}: {wire.fault_of(response.body).message}",
-                source=flow.source,
-            )
-        findings = _decoded(wire.decode_stored_flow, response).findings()
-        if any(each.level == "fatal" for each in findings):
-            raise InvalidFlowError(
-                _listed(flow.source, findings), source=flow.source, diagnostics=findings
-            )
-
-    async def _wait_for_end(self, answer: wire.RunAnswer) -> wire.RunAnswer:
-        summary = answer.summary
-        run = f"/runs/{summary.run_id}"
-        while not summary.has_ended:
-            await anyio.sleep(_STILL_RUNNING_PAUSE)
-            details = await self._ask(
-                wire.decode_run_details, "GET", f"{run}?wait=true"
-            )
-            summary = details.summary
-        items = await self._ask(wire.decode_run_items, "GET", f"{run}/items")
-        return wire.RunAnswer(summary=summary, results=items.results)
-
-    async def _ask(
+    def __exit__(
         self,
-        decode: Callable[[bytes], T],
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._crew.block_until_settled(_LAST_ERRANDS)
+        self.close()
+
+    def __asynccontextmanager__(self) -> AbstractAsyncContextManager[Self]:
+        return self._entered()
+
+    @asynccontextmanager
+    async def _entered(self) -> AsyncIterator[Self]:
+        async with quiet_task_group() as tasks:
+            if self._crew.loop is None:
+                tasks.start_soon(self._crew.work)
+                await self._crew.wait_at_work()
+            self._needs_entering = False
+            try:
+                yield self
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await self._crew.settle(_LAST_ERRANDS)
+                await self.aclose()
+
+    def __repr__(self) -> str:
+        return f"<StepflowClient {self.url}>"
+
+    # -- the way there -------------------------------------------------------------
+
+    @property
+    def _generation(self) -> int:
+        return 0  # it keeps what it has stored; if it does not, it says so
+
+    async def _request(
+        self,
         method: str,
         path: str,
         body: bytes | None = None,
-    ) -> T:
-        return _decoded(
-            decode, await self._transport.request(method, wire.API + path, body)
+        *,
+        headers: Mapping[str, str] = NO_HEADERS,
+        held: float = 0.0,
+        heir: Heir | None = None,
+        repeatable: bool = False,
+    ) -> Response:
+        self._refuse_if_unentered()
+        repeatable = repeatable or method == "GET"
+        for pause in _PAUSES:
+            try:
+                response = await self._transport.request(
+                    method,
+                    self._address.prefix + path,
+                    body,
+                    headers=headers,
+                    held=held,
+                    heir=heir,
+                )
+            except ConnectionLostError as exc:
+                if self._is_closed or not (repeatable or exc.unsent):
+                    raise
+            else:
+                if not (repeatable and response.status in _NOT_NOW):
+                    return response
+            await anyio.sleep(pause * random.uniform(0.5, 1.0))
+        return await self._transport.request(
+            method,
+            self._address.prefix + path,
+            body,
+            headers=headers,
+            held=held,
+            heir=heir,
         )
 
-    def _remember(self, key: bytes | flows.FileKey, flow_id: str) -> None:
-        with self._lock:
-            while len(self._flow_ids) >= _REMEMBERED_FLOWS:
-                del self._flow_ids[next(iter(self._flow_ids))]
-            self._flow_ids[key] = flow_id
+    async def _open_stream(self, path: str) -> Stream:
+        self._refuse_if_unentered()
+        return await self._transport.stream(self._address.prefix + path)
+
+    def _refuse_if_unentered(self) -> None:
+        if self._needs_entering:
+            raise RuntimeError(
+                "a StepflowClient with an http_client has to be entered, in the event loop "
+                "of that: `async with StepflowClient(...) as client`"
+            )
 
 
-_file_threads: anyio.lowlevel.RunVar[anyio.CapacityLimiter] = anyio.lowlevel.RunVar(
-    "stepflow_runtime file threads"
-)
+class _Timed:
+    """A direct transport whose server has only so much time."""
+
+    def __init__(self, transport: DirectTransport, timeout: float) -> None:
+        self._transport = transport
+        self._timeout = timeout
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        headers: Mapping[str, str] = NO_HEADERS,
+        held: float = 0.0,
+        heir: Heir | None = None,
+    ) -> Response:
+        seconds = self._timeout + held
+        with anyio.move_on_after(seconds):
+            return await self._transport.request(
+                method, path, body, headers=headers, heir=heir
+            )
+        raise ConnectionLostError(f"the server did not answer within {seconds:g} s")
+
+    async def stream(self, path: str) -> Stream:
+        with anyio.move_on_after(self._timeout):
+            return _TimedStream(await self._transport.stream(path))
+        raise ConnectionLostError(
+            f"the server did not answer within {self._timeout:g} s"
+        )
+
+    def close(self) -> None:
+        self._transport.close()
+
+    async def aclose(self) -> None:
+        await self._transport.aclose()
 
 
-def _threads() -> anyio.CapacityLimiter:
-    """The limit of this event loop: a limiter belongs to one."""
-    try:
-        return _file_threads.get()
-    except LookupError:
-        limiter = anyio.CapacityLimiter(_FILE_THREADS)
-        _file_threads.set(limiter)
-        return limiter
+class _TimedStream:
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self.status = stream.status
+        self.content_type = stream.content_type
+        self.close = stream.close
+
+    async def receive(self) -> bytes:
+        with anyio.move_on_after(_SILENCE):
+            return await self._stream.receive()
+        raise ConnectionLostError(f"the server was silent for {_SILENCE:g} s")
 
 
-def _decoded(decode: Callable[[bytes], T], response: Response) -> T:
-    """The value in an answer.
+def _transport(
+    address: _Address,
+    headers: Mapping[str, str],
+    timeout: float,
+    crew: Crew,
+    http_client: httpx.AsyncClient | None,
+) -> Transport:
+    """The lean way for plain HTTP; httpx for TLS, proxies and whatever users bring."""
+    if http_client is None and address.scheme == "http" and not _has_proxy(address):
+        direct = DirectTransport(address.port, address.host, headers=headers, crew=crew)
+        return _Timed(direct, timeout)
+    from .transport.remote import RemoteTransport
 
-    :raises ApiError: if the answer is an error, or is not what was asked for: a server
-        answers 200 without a body to a path that it does not know
+    return RemoteTransport(
+        address.origin,
+        headers=headers,
+        timeout=timeout,
+        crew=crew,
+        http_client=http_client,
+    )
+
+
+def _has_proxy(address: _Address) -> bool:
+    proxies = urllib.request.getproxies()
+    if not (proxies.get("http") or proxies.get("all")):
+        return False
+    return not urllib.request.proxy_bypass(f"{address.host}:{address.port}")
+
+
+@dataclass(frozen=True)
+class _Address:
+    """Where a server is.
+
+    :ivar prefix: the path before ``/api/v1``, without a slash at the end
+    :ivar authorization: the header for the credentials that the URL had
     """
-    if response.status >= 400:
-        fault = wire.fault_of(response.body)
-        message = fault.message or "no reason given"
-        raise ApiError(
-            f"the server answered {response.status}: {message}",
-            status=response.status,
-            code=fault.status or None,
+
+    scheme: str
+    host: str
+    port: int
+    prefix: str
+    authorization: Mapping[str, str] = field(repr=False)
+
+    @classmethod
+    def of(cls, url: object) -> Self:
+        """Take a URL apart. It may hold credentials: errors do not show it.
+
+        :raises ValueError: if it is none of a server
+        """
+        if not isinstance(url, str):
+            raise TypeError(f"url must be a string, not {type(url).__name__}")
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+        except ValueError as exc:
+            raise ValueError(f"url is not a valid URL: {exc}") from None
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(
+                "url must begin with http:// or https:// and a host, like "
+                '"http://localhost:7837"'
+            )
+        if parts.query or parts.fragment:
+            raise ValueError("url must not have a query (?) or a fragment (#)")
+        path = parts.path.rstrip("/").removesuffix(wire.API)
+        if not (path.isascii() and path.isprintable() and " " not in path):
+            raise ValueError("url: its path has to be percent-encoded")
+        return cls(
+            scheme=parts.scheme,
+            host=_host(parts.hostname),
+            port=port or (443 if parts.scheme == "https" else 80),
+            prefix=path,
+            authorization=_basic_authorization(parts),
         )
+
+    @property
+    def origin(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        return self.origin + self.prefix
+
+
+def _host(name: str) -> str:
     try:
-        return decode(response.body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-        raise ApiError(
-            "the server's answer is not of the shape that this version knows "
-            f"({response.content_type or 'no content type'}: {exc}); it supports "
-            "Stepflow 0.13",
-            status=response.status,
-        ) from exc
+        return name if name.isascii() else name.encode("idna").decode()
+    except UnicodeError as exc:
+        raise ValueError(f"url: its host is not a valid name: {exc}") from None
 
 
-def _listed(source: str, findings: Sequence[Diagnostic]) -> str:
-    faults = [str(each) for each in findings if each.level in ("fatal", "error")]
-    return "\n  ".join([f"{source} is not a valid workflow:", *faults])
+def _basic_authorization(parts: SplitResult) -> dict[str, str]:
+    if parts.username is None and parts.password is None:
+        return {}
+    user, password = unquote(parts.username or ""), unquote(parts.password or "")
+    credentials = base64.b64encode(f"{user}:{password}".encode()).decode()
+    return {"authorization": f"Basic {credentials}"}
+
+
+def _checked_headers(headers: object) -> dict[str, str]:
+    if headers is None:
+        return {}
+    if not isinstance(headers, Mapping):
+        raise TypeError(
+            f"headers must be a mapping of strings, not {type(headers).__name__}"
+        )
+    checked = {}
+    for name, value in headers.items():
+        if not (isinstance(name, str) and isinstance(value, str)):
+            raise TypeError(f"headers must map strings to strings; {name!r} does not")
+        if not _is_token(name):
+            raise ValueError(f"headers: {name!r} is not the name of a header")
+        if not _is_field(value):
+            # The value is not shown: it may be a secret.
+            raise ValueError(f"headers: the value of {name!r} cannot be sent")
+        checked[name.lower()] = value
+    return checked
+
+
+def _is_token(name: str) -> bool:
+    return (
+        bool(name)
+        and name.isascii()
+        and name.replace("-", "").replace("_", "").isalnum()
+    )
+
+
+def _is_field(value: str) -> bool:
+    return all(" " <= c != "\x7f" and c <= "\xff" or c == "\t" for c in value)
+
+
+def _check_timeout(seconds: Any) -> None:
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        raise TypeError(f"timeout must be a number of seconds or None, not {seconds!r}")
+    if not seconds > 0:
+        raise ValueError(f"timeout must be more than 0 seconds, not {seconds}")

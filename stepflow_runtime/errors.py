@@ -8,6 +8,8 @@ reactions:
 * ``ApiError`` and ``ConnectionLostError``: the server refused a request, or the
   conversation with it broke off.
 
+``UnrepresentableValueError`` is about a value that JSON, or the server, would change or
+drop; ``RunTimeoutError`` about the patience of the caller, by ``timeout=``.
 ``FlowFailedError`` stands apart: the workflow ran, and failed. It is raised only by
 ``FlowResult.unwrap()``; by itself a failed flow is a result.
 """
@@ -23,20 +25,28 @@ if TYPE_CHECKING:
     from .server.process import ServerExit
 
 __all__ = [
+    "AccessDeniedError",
     "ApiError",
     "BinaryNotFoundError",
+    "ConflictError",
     "ConnectionLostError",
     "FlowDefinitionError",
     "FlowFailedError",
     "FlowNotFoundError",
     "FlowSyntaxError",
     "InvalidFlowError",
+    "InvalidRequestError",
+    "NotFoundError",
     "RunLostError",
+    "RunTimeoutError",
     "RuntimeStoppedError",
     "ServerCrashedError",
     "ServerError",
+    "ServerFaultError",
     "ServerStartError",
     "StepflowError",
+    "UnrepresentableValueError",
+    "UnsupportedServerError",
 ]
 
 
@@ -105,6 +115,20 @@ class InvalidFlowError(FlowDefinitionError):
         self.diagnostics = tuple(diagnostics)
 
 
+# -- the values that were handed in ----------------------------------------------------
+
+
+class UnrepresentableValueError(StepflowError, ValueError):
+    """A value that would not arrive as it is, refused before anything was sent.
+
+    :ivar path: where it is, as a JSON path into the argument (``$.items[3].id``)
+    """
+
+    def __init__(self, message: str, *, path: str) -> None:
+        super().__init__(message)
+        self.path = path
+
+
 # -- the workflow that ran -------------------------------------------------------------
 
 
@@ -117,6 +141,17 @@ class FlowFailedError(StepflowError):
     def __init__(self, message: str, *, result: FlowResult) -> None:
         super().__init__(message)
         self.result = result
+
+
+class RunTimeoutError(StepflowError, TimeoutError):
+    """The ``timeout`` of a call was over before the call was.
+
+    :ivar run_id: the run that it waited for, or ``None`` if that was not known yet
+    """
+
+    def __init__(self, message: str, *, run_id: str | None = None) -> None:
+        super().__init__(message)
+        self.run_id = run_id
 
 
 # -- the server ------------------------------------------------------------------------
@@ -180,15 +215,60 @@ class RuntimeStoppedError(ServerError):
 class ApiError(StepflowError):
     """The server refused a request.
 
+    Of its subclasses each asks for another reaction; what is none of them (a redirection,
+    a status that nobody has thought of) is an ``ApiError`` itself.
+
     :ivar status: the HTTP status
     :ivar code: the server's name for the error (``"NOT_FOUND"``), or ``None`` where it
         answered without one
+    :ivar reason: the server's words, or ``""``
+    :ivar run_id: the run that the request was about, or ``None``
+    :ivar flow_id: the flow that it was about, or ``None``
+    :ivar blob_id: the blob that it was about, or ``None``
     """
 
-    def __init__(self, message: str, *, status: int, code: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int,
+        code: str | None = None,
+        reason: str = "",
+        run_id: str | None = None,
+        flow_id: str | None = None,
+        blob_id: str | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
+        self.reason = reason
+        self.run_id = run_id
+        self.flow_id = flow_id
+        self.blob_id = blob_id
+
+
+class InvalidRequestError(ApiError):
+    """The server does not accept the request as it is: an ill-formed id, too large a body."""
+
+
+class AccessDeniedError(ApiError):
+    """The server, or a proxy before it, wants other credentials (401, 403, 407)."""
+
+
+class NotFoundError(ApiError):
+    """The server does not know the run, flow or blob."""
+
+
+class ConflictError(ApiError):
+    """Not in the state that it is in: deleting a run that is not over, for example."""
+
+
+class ServerFaultError(ApiError):
+    """The server, or a proxy before it, could not do it (5xx, 429); perhaps later."""
+
+
+class UnsupportedServerError(ApiError):
+    """What answers is no Stepflow server of a version that this library can speak with."""
 
 
 class ConnectionLostError(StepflowError):

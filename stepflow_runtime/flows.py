@@ -1,4 +1,4 @@
-"""A workflow from a path or a mapping: read, parsed, and encoded for the server.
+"""A workflow from a path or a document: read, parsed, and encoded for the server.
 
 Contract: what comes out of :func:`load` is a mapping that JSON can carry, with the key
 under which it may be cached. Whatever is wrong with the source is a
@@ -26,10 +26,23 @@ from .errors import (
     FlowNotFoundError,
     FlowSyntaxError,
     InvalidFlowError,
+    UnrepresentableValueError,
 )
 from .executor import FlowSource
+from .representable import representable
 
-__all__ = ["FileKey", "Flow", "load", "parse", "stat_key", "without_retry_limits"]
+__all__ = [
+    "FileKey",
+    "Flow",
+    "as_path",
+    "encode",
+    "from_environment",
+    "load",
+    "parse",
+    "stat_key",
+    "step_ids",
+    "without_retry_limits",
+]
 
 MAPPING_SOURCE = "<mapping>"
 
@@ -64,12 +77,12 @@ def load(flow: FlowSource) -> Flow:
     :raises FlowNotFoundError: if the file is missing or unreadable
     :raises FlowSyntaxError: if it is not well-formed YAML or JSON
     :raises InvalidFlowError: if it holds no mapping, or something JSON cannot carry
-    :raises TypeError: if ``flow`` is neither a path nor a mapping
+    :raises TypeError: if ``flow`` is neither a path nor a document
     """
-    if isinstance(flow, Mapping):
-        return _encode(flow, MAPPING_SOURCE)
+    if isinstance(flow, Mapping | msgspec.Struct):
+        return encode(flow, MAPPING_SOURCE)
     path = as_path(flow)
-    return _encode(parse(_read(path), str(path)), str(path))
+    return encode(parse(_read(path), str(path)), str(path))
 
 
 def stat_key(path: Path) -> FileKey:
@@ -102,7 +115,8 @@ def as_path(flow: object) -> Path:
     if isinstance(flow, str | os.PathLike):
         return Path(flow)
     raise TypeError(
-        f"flow must be the path of a workflow file or a mapping, not {type(flow).__name__}"
+        "flow must be the path of a workflow file, a mapping, what FlowBuilder.build() "
+        f"returns, or a FlowId, not {type(flow).__name__}"
     )
 
 
@@ -175,13 +189,60 @@ def _working_directory() -> str:
         return "gone"
 
 
-def _encode(document: Mapping[str, Any], source: str) -> Flow:
+def encode(document: Any, source: str) -> Flow:
+    """Make a document ready to be sent.
+
+    :raises InvalidFlowError: if it holds something that JSON cannot carry, or no mapping
+    """
     try:
-        return Flow(wire.encode(document), source)
-    except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as exc:
+        plain = representable(document, name="the workflow's value at")
+    except UnrepresentableValueError as exc:
         raise InvalidFlowError(
-            f"{source}: the workflow cannot be written as JSON: {exc}", source=source
+            f"{source}: this workflow cannot be sent: {exc}", source=source
         ) from exc
+    if not isinstance(plain, dict):
+        raise InvalidFlowError(
+            f"{source}: a workflow is a mapping, not {type(plain).__name__}",
+            source=source,
+        )
+    return Flow(wire.encode(plain), source)
+
+
+# -- what is in a workflow -------------------------------------------------------------
+
+
+def step_ids(document: Mapping[str, Any]) -> list[str]:
+    """The ids of a workflow's steps, in its order."""
+    steps = document.get("steps")
+    return [
+        step["id"]
+        for step in (steps if isinstance(steps, list) else ())
+        if isinstance(step, dict) and isinstance(step.get("id"), str)
+    ]
+
+
+def from_environment(
+    annotated: Mapping[str, str], environ: Mapping[str, str] = os.environ
+) -> dict[str, Any]:
+    """The variables that are set in the environment.
+
+    A text that is JSON counts as that, as the server's own tools read it; unless it would
+    not arrive as it is, like a number of twenty digits, which is an id more likely.
+
+    :param annotated: names of environment variables, by name of the flow's variable
+    """
+    return {
+        name: _value_of(environ[variable])
+        for name, variable in annotated.items()
+        if variable in environ
+    }
+
+
+def _value_of(text: str) -> Any:
+    try:
+        return representable(msgspec.json.decode(text))
+    except (msgspec.DecodeError, UnicodeError, UnrepresentableValueError):
+        return text
 
 
 # -- JSON ------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """StepflowRuntime: the handle that a user holds.
 
-Thin: it joins a supervisor, which sees to it that a server is there, and a client, which
-speaks to it. What it adds is where the supervisor lives (in a block of the caller's, or in
-a thread of its own), and the meaning of a broken connection: never a bare connection
-error, but what became of the server.
+Thin: it joins a supervisor, which sees to it that a server is there, and the calls of the
+API. What it adds is where the supervisor lives (in a block of the caller's, or in a thread
+of its own), and the meaning of a broken connection: never a bare connection error, but what
+became of the server.
 """
 
 from __future__ import annotations
@@ -13,35 +13,55 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from functools import partial
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Final, Self, Unpack
 
 import anyio
 from anyio import AsyncContextManagerMixin
 from anyio.abc import TaskStatus
 
-from .client import StepflowClient
-from .errors import ConnectionLostError, RunLostError, RuntimeStoppedError
-from .executor import FlowResult, FlowSource
+from .api import ApiExecutor
+from .crew import Crew
+from .errors import (
+    ConnectionLostError,
+    RunLostError,
+    RuntimeStoppedError,
+    StepflowError,
+)
+from .executor import FlowResult
 from .hosting.portal import Portal
 from .hosting.signals import Watch, unwatch, unwinding_on_sigterm, watch
 from .hosting.tasks import SameTask
 from .logs.config import LogConfig
 from .logs.entry import LogEntry
 from .loops import in_event_loop
+from .server.diagnosis import entries_of_failure, is_all_logged
 from .server.options import ServerOptions, StartOptions, check_seconds
 from .server.process import ServerExit
 from .server.restart import RestartPolicy
 from .server.state import RuntimeState, StateChange
 from .server.supervisor import Ready, Supervisor
-from .transport.loopback import HOST, LoopbackTransport
+from .threads import run_blocking
+from .transport import NO_HEADERS, Heir, Response, Stream
+from .transport.direct import LOOPBACK, DirectTransport
 
 __all__ = ["StepflowRuntime"]
 
+# How long the end waits for runs to be cancelled whose callers have gone, if the store
+# would take them up again later. A run that was just sent tells its id after a second.
+_LAST_ERRANDS: Final = 2.0
 
-class StepflowRuntime(AsyncContextManagerMixin):
+# How many of the newest log entries are searched for what a failed run has to say, and how
+# often. There need not be any.
+_LOOK_BACK: Final = 5000
+_LOG_LOOKS: Final = 4
+_LOG_PAUSE: Final = 0.005
+
+
+class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
     """A Stepflow server inside this program.
 
     Made by :meth:`start`. In an event loop the server starts when the handle is entered::
@@ -62,8 +82,12 @@ class StepflowRuntime(AsyncContextManagerMixin):
 
     def __init__(self, options: ServerOptions) -> None:
         self._options = options
-        self._clients = _Clients()
-        self._supervisor = Supervisor(options, on_stopping=self._clients.close)
+        self._crew = Crew()
+        self._transports = _Transports(self._crew)
+        self._supervisor = Supervisor(
+            options, self._crew, on_stopping=self._transports.close
+        )
+        super().__init__(self._crew)
         self._owner = os.getpid()
         self._lock = threading.Lock()
         self._portal: Portal | None = None
@@ -194,6 +218,8 @@ class StepflowRuntime(AsyncContextManagerMixin):
         if not self._may_stop(timeout):
             return
         try:
+            if self._crew.is_busy and self._options.may_keep_runs():
+                self._crew.block_until_settled(_LAST_ERRANDS)
             if self._portal is not None:
                 self._portal.close(timeout)
             else:
@@ -212,6 +238,7 @@ class StepflowRuntime(AsyncContextManagerMixin):
         if not self._may_stop(timeout):
             return
         try:
+            await self._settle()
             if self._portal is not None:
                 await self._portal.aclose(timeout)
             else:
@@ -252,6 +279,7 @@ class StepflowRuntime(AsyncContextManagerMixin):
                 try:
                     yield self
                 finally:
+                    await self._settle()
                     # Before the tasks are cancelled, so that no call begins any more.
                     self._supervisor.stop_serving()
 
@@ -282,50 +310,6 @@ class StepflowRuntime(AsyncContextManagerMixin):
         async with self:
             task_status.started(self)
             await self._supervisor.wait_over()
-
-    async def run(
-        self,
-        flow: FlowSource,
-        input: Any = None,
-        overrides: Mapping[str, Mapping[str, Any]] | None = None,
-        *,
-        variables: Mapping[str, Any] | None = None,
-    ) -> FlowResult:
-        """Run a workflow and wait for its end.
-
-        The workflow is sent to the server once and then known by its content (by what
-        ``stat`` says of it, if it is a file).
-
-        :param flow: the path of a YAML or JSON file, or the document as a mapping
-        :param input: the flow's input, any value that JSON can carry
-        :param overrides: properties to replace, by step id:
-            ``{"step1": {"input": {"x": 1}}}``
-        :param variables: values for the flow's ``$variable`` references
-        :return: how it ended; a flow that failed is a result too
-        :raises FlowDefinitionError: if the workflow cannot be read or is not valid
-        :raises TypeError: if ``flow`` is no path and no mapping, or if input, overrides or
-            variables hold something that cannot be written as JSON
-        :raises ApiError: if the server refuses the run
-        :raises ConnectionLostError: if the server lives, but broke the connection off
-        :raises RunLostError: if the server died meanwhile, and is being restarted
-        :raises ServerCrashedError: if the server died and is not restarted
-        :raises RuntimeStoppedError: if the runtime is not running
-
-        While the server restarts, the call waits. Cancellation ends the wait at once; the
-        run itself goes on in the server.
-        """
-        while True:
-            ready = await self._wait_ready()
-            client = self._clients.of(ready)
-            try:
-                return await client.run(flow, input, overrides, variables=variables)
-            except ConnectionLostError as exc:
-                loss = await self._supervisor.explain_loss(ready.incarnation)
-                if loss is None:
-                    raise
-                if not (exc.unsent and isinstance(loss, RunLostError)):
-                    raise loss from exc
-                # The request never left: it waits for the next server like a later one.
 
     async def wait_ready(self) -> None:
         """Wait until the server is READY.
@@ -377,7 +361,7 @@ class StepflowRuntime(AsyncContextManagerMixin):
 
         :raises RuntimeStoppedError: if the server was never READY
         """
-        return f"http://{HOST}:{self.port}"
+        return f"http://{LOOPBACK}:{self.port}"
 
     @property
     def pid(self) -> int | None:
@@ -398,6 +382,73 @@ class StepflowRuntime(AsyncContextManagerMixin):
         now = self._supervisor.journal.now
         where = f" at {self.url}" if now.port is not None else ""
         return f"<StepflowRuntime {now.state.value}{where}>"
+
+    # -- calls ---------------------------------------------------------------------
+
+    @property
+    def _generation(self) -> int:
+        ready = self._supervisor.ready
+        return 0 if ready is None else ready.incarnation
+
+    async def _request(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        headers: Mapping[str, str] = NO_HEADERS,
+        held: float = 0.0,
+        heir: Heir | None = None,
+        repeatable: bool = False,
+    ) -> Response:
+        while True:
+            ready = await self._wait_ready()
+            try:
+                return await self._transports.of(ready).request(
+                    method, path, body, headers=headers, heir=heir
+                )
+            except ConnectionLostError as exc:
+                loss = await self._supervisor.explain_loss(ready.incarnation)
+                if loss is None:
+                    raise
+                if not (repeatable or exc.unsent) or not isinstance(loss, RunLostError):
+                    raise loss from exc
+                # It waits for the next server, as a later request would.
+
+    async def _open_stream(self, path: str) -> Stream:
+        ready = await self._wait_ready()
+        try:
+            stream = await self._transports.of(ready).stream(path)
+        except ConnectionLostError as exc:
+            raise await self._explained(exc, ready) from exc
+        return _SupervisedStream(stream, partial(self._explained, ready=ready))
+
+    async def _explained(self, exc: ConnectionLostError, ready: Ready) -> StepflowError:
+        """What to raise for a connection that broke: what became of the server."""
+        return await self._supervisor.explain_loss(ready.incarnation) or exc
+
+    async def _logs_of_failure(self, result: FlowResult) -> tuple[LogEntry, ...]:
+        """They come by another way than the answer, and may be a moment behind it."""
+        error = result.error
+        assert error is not None
+        logs: tuple[LogEntry, ...] = ()
+        for _ in range(_LOG_LOOKS):
+            entries = self._supervisor.logs.newest(_LOOK_BACK)
+            logs = entries_of_failure(entries, result.run_id, error)
+            if logs and is_all_logged(entries, result.run_id):
+                break
+            await anyio.sleep(_LOG_PAUSE)
+        return logs
+
+    async def _settle(self) -> None:
+        """Let runs be cancelled whose callers have gone, where they would be taken up again.
+
+        Bounded, and shielded: it is a part of the end.
+        """
+        if self._crew.is_busy:
+            with anyio.CancelScope(shield=True):
+                if await run_blocking(self._options.may_keep_runs):
+                    await self._crew.settle(_LAST_ERRANDS)
 
     # -- where the supervisor lives ------------------------------------------------
 
@@ -475,28 +526,49 @@ def _stop_forsaken(owner: int, supervisor: Supervisor, watch: Watch | None) -> N
     )
 
 
-class _Clients:
-    """The client of the server's present incarnation.
+class _SupervisedStream:
+    """A stream whose end, if it is none, is explained by what became of the server."""
 
-    What the last one's had stored, died with it. Apart from the runtime, since the
-    supervisor must not hold that: a handle that nobody holds is noticed so. Without a
-    lock, since a signal handler that stops the runtime may have interrupted who holds it.
+    def __init__(
+        self,
+        stream: Stream,
+        explain: Callable[[ConnectionLostError], Awaitable[StepflowError]],
+    ) -> None:
+        self._stream = stream
+        self._explain = explain
+        self.status = stream.status
+        self.content_type = stream.content_type
+        self.close = stream.close
+
+    async def receive(self) -> bytes:
+        try:
+            return await self._stream.receive()
+        except ConnectionLostError as exc:
+            raise await self._explain(exc) from exc
+
+
+class _Transports:
+    """The way to the server's present incarnation.
+
+    Apart from the runtime, since the supervisor must not hold that: a handle that nobody
+    holds is noticed so. Without a lock, since a signal handler that stops the runtime may
+    have interrupted who holds it.
     """
 
-    def __init__(self) -> None:
-        self._by_incarnation: dict[int, tuple[StepflowClient, LoopbackTransport]] = {}
+    def __init__(self, crew: Crew) -> None:
+        self._crew = crew
+        self._by_incarnation: dict[int, DirectTransport] = {}
         self._is_closed = False
 
-    def of(self, ready: Ready) -> StepflowClient:
+    def of(self, ready: Ready) -> DirectTransport:
         known = self._by_incarnation.get(ready.incarnation)
         if known is None:
-            transport = LoopbackTransport(ready.port)
-            made = StepflowClient(transport), transport
+            made = DirectTransport(ready.port, crew=self._crew)
             known = self._by_incarnation.setdefault(ready.incarnation, made)
             self._close(until=ready.incarnation)
             if self._is_closed:  # in the meantime
-                known[1].close()
-        return known[0]
+                known.close()
+        return known
 
     def close(self) -> None:
         self._is_closed = True
@@ -507,4 +579,4 @@ class _Clients:
             if incarnation < until:
                 known = self._by_incarnation.pop(incarnation, None)
                 if known is not None:
-                    known[1].close()
+                    known.close()

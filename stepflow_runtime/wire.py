@@ -2,18 +2,47 @@
 
 A leaf, and forgiving: a field that the server adds is ignored, one that it leaves out
 has a default, and a number without a name becomes a word that carries the number. The
-shapes and the numbers of enums are those that a 0.13 server was seen to send; its
-published schema differs (it promises names where numbers travel).
+shapes and the numbers of enums are those that servers of 0.12 and 0.13 were seen to send;
+their published schema differs (it promises names where numbers travel).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime
 from typing import Any, Final
+from urllib.parse import urlencode
 
 import msgspec
 
-from .executor import Diagnostic, FlowError, FlowResult, FlowStatus
+from .events import (
+    ItemCompleted,
+    RunCompleted,
+    RunCreated,
+    RunEvent,
+    RunStatus,
+    StepCompleted,
+    StepReady,
+    StepsNeeded,
+    StepStarted,
+    SubRunCreated,
+    UnknownEvent,
+)
+from .executor import (
+    ComponentInfo,
+    ComponentList,
+    Diagnostic,
+    FlowError,
+    FlowResult,
+    FlowStatus,
+    FlowVariable,
+    Health,
+    ItemCounts,
+    RunInfo,
+    StepInfo,
+)
 
 __all__ = [
     "API",
@@ -25,32 +54,40 @@ __all__ = [
     "StoredBlob",
     "StoredFlow",
     "blob_request",
+    "component_list",
+    "data_blob_request",
+    "decode_blob",
+    "decode_components",
+    "decode_event",
+    "decode_flow",
+    "decode_flow_variables",
+    "decode_health",
+    "decode_nothing",
     "decode_run",
     "decode_run_details",
     "decode_run_items",
+    "decode_run_list",
+    "decode_run_steps",
     "decode_stored_blob",
     "decode_stored_flow",
+    "decode_summary",
     "encode",
+    "event",
     "fault_of",
     "flow_request",
     "flow_result",
+    "flow_variables",
+    "health",
+    "query",
+    "run_info",
     "run_request",
+    "step_info",
 ]
 
 API: Final = "/api/v1"
 HEALTH: Final = f"{API}/health"
 
-
-def _simpler(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return dict(value)
-    raise TypeError(f"a {type(value).__name__} cannot be written as JSON")
-
-
-encode = msgspec.json.Encoder(enc_hook=_simpler).encode
-
-RUNNING, COMPLETED, FAILED, CANCELLED, PAUSED, RECOVERY_FAILED = range(1, 7)
-_ENDED = frozenset({COMPLETED, FAILED, CANCELLED, RECOVERY_FAILED})
+encode: Final = msgspec.json.Encoder().encode
 
 _ERROR_CODES = (
     "UNSPECIFIED",
@@ -70,7 +107,11 @@ _DIAGNOSTIC_LEVELS = {1: "fatal", 2: "error", 3: "warning"}
 _EXACT_INTEGERS = 2**53
 
 
-class _WireDiagnostic(msgspec.Struct, frozen=True, rename="camel", gc=False):
+class _Answer(msgspec.Struct, frozen=True, rename="camel", gc=False):
+    """How all of them are read."""
+
+
+class _WireDiagnostic(_Answer, frozen=True):
     kind: str = ""
     level: int = 0
     formatted: str = ""
@@ -81,11 +122,13 @@ class _WireDiagnostic(msgspec.Struct, frozen=True, rename="camel", gc=False):
         return Diagnostic(level, self.formatted, self.path, self.kind)
 
 
-class _WireDiagnostics(msgspec.Struct, frozen=True, rename="camel", gc=False):
+class _WireDiagnostics(_Answer, frozen=True):
     diagnostics: tuple[_WireDiagnostic, ...] = ()
 
 
-class StoredFlow(msgspec.Struct, frozen=True, rename="camel", gc=False):
+class StoredFlow(_Answer, frozen=True):
+    """The answer to ``POST /flows``."""
+
     flow_id: str
     stored: bool = True
     diagnostics: _WireDiagnostics = _WireDiagnostics()
@@ -94,53 +137,176 @@ class StoredFlow(msgspec.Struct, frozen=True, rename="camel", gc=False):
         return [each.translated() for each in self.diagnostics.diagnostics]
 
 
-class StoredBlob(msgspec.Struct, frozen=True, rename="camel", gc=False):
+class StoredBlob(_Answer, frozen=True):
+    """The answer to ``POST /blobs``."""
+
     blob_id: str
 
 
-class _Summary(msgspec.Struct, frozen=True, rename="camel", gc=False):
+class _Blob(_Answer, frozen=True):
+    """The answer to ``GET /blobs/{id}``; of a binary one, without the bytes."""
+
+    data: Any = None
+    blob_type: str = "data"
+
+
+class _Flow(_Answer, frozen=True):
+    """The answer to ``GET /flows/{id}``."""
+
+    flow: dict[str, Any]
+
+
+class _Items(_Answer, frozen=True):
+    total: int = 0
+    completed: int = 0
+    running: int = 0
+    failed: int = 0
+    cancelled: int = 0
+
+
+class _Summary(_Answer, frozen=True):
     run_id: str
     status: int = 0
+    flow_id: str | None = None
+    flow_name: str | None = None
+    items: _Items = _Items()
+    created_at: datetime | None = None
+    completed_at: datetime | None = None
+    root_run_id: str | None = None
+    parent_run_id: str | None = None
+    orchestrator_id: str | None = None
 
     @property
     def has_ended(self) -> bool:
-        return self.status in _ENDED
+        return RunStatus(self.status).is_final
 
 
-class _Item(msgspec.Struct, frozen=True, rename="camel", gc=False):
+class _Item(_Answer, frozen=True):
     status: int = 0
     output: Any = None
     error_message: str | None = None
     error_code: int = 0
+    item_index: int = 0
 
 
-class RunAnswer(msgspec.Struct, frozen=True, rename="camel", gc=False):
-    """The answer to ``POST /runs``; ``results`` is filled only once the run ended."""
+class _Step(_Answer, frozen=True):
+    step_id: str
+    step_index: int = 0
+    item_index: int = 0
+    status: int = 0
+    component: str | None = None
+    output: Any = None
+    error_message: str | None = None
+    error_code: int = 0
+    updated_at: datetime | None = None
+
+
+class RunAnswer(_Answer, frozen=True):
+    """The answer to ``POST /runs``; ``results`` counts only once the run ended."""
 
     summary: _Summary
     results: tuple[_Item, ...] = ()
 
 
-class RunDetails(msgspec.Struct, frozen=True, rename="camel", gc=False):
-    """The answer to ``GET /runs/{id}``."""
+class _RunSummary(_Answer, frozen=True):
+    """The answer to ``POST /runs/{id}/cancel``, and what matters of most others."""
 
     summary: _Summary
 
 
-class RunItems(msgspec.Struct, frozen=True, rename="camel", gc=False):
+class RunDetails(_Answer, frozen=True):
+    """The answer to ``GET /runs/{id}``."""
+
+    summary: _Summary
+    steps: tuple[_Step, ...] = ()
+
+
+class RunItems(_Answer, frozen=True):
     """The answer to ``GET /runs/{id}/items``."""
 
     results: tuple[_Item, ...] = ()
 
 
-class ApiFault(msgspec.Struct, frozen=True, rename="camel", gc=False):
+class _RunList(_Answer, frozen=True):
+    """The answer to ``GET /runs``."""
+
+    runs: tuple[_Summary, ...] = ()
+
+
+class _RunSteps(_Answer, frozen=True):
+    """The answer to ``GET /runs/{id}/steps``."""
+
+    steps: tuple[_Step, ...] = ()
+
+
+class _Component(_Answer, frozen=True):
+    path: str = ""
+    component_id: str = ""
+    plugin: str = ""
+    description: str = ""
+    input_schema: dict[str, Any] | None = None
+    output_schema: dict[str, Any] | None = None
+
+
+class _FailedPlugin(_Answer, frozen=True):
+    plugin: str = ""
+    error: str = ""
+
+
+class _Components(_Answer, frozen=True):
+    """The answer to ``GET /components``."""
+
+    components: tuple[_Component, ...]
+    failed_plugins: tuple[_FailedPlugin, ...] = ()
+
+
+class _Variable(_Answer, frozen=True):
+    required: bool = False
+    default_value: Any = None
+    description: str | None = None
+    env_var: str | None = None
+    schema: dict[str, Any] | None = None
+
+
+class _Variables(_Answer, frozen=True):
+    """The answer to ``GET /flows/{id}/variables``."""
+
+    variables: dict[str, _Variable] = {}
+
+
+class _Build(_Answer, frozen=True):
+    git_version: str | None = None
+
+
+class _Health(_Answer, frozen=True):
+    """The answer to ``GET /health``; ``version`` is what servers before 0.12 had."""
+
+    status: str
+    timestamp: datetime | None = None
+    build: _Build = _Build()
+    version: str | None = None
+
+
+class _Event(_Answer, frozen=True):
+    """One event of ``GET /runs/{id}/events``: its name is the only key of ``event``."""
+
+    event: dict[str, dict[str, Any]]
+    sequence_number: int = 0
+    timestamp: datetime | None = None
+
+
+class ApiFault(_Answer, frozen=True):
     code: int = 0
     message: str = ""
     status: str = ""
 
 
-class _ApiFaultBody(msgspec.Struct, frozen=True, rename="camel", gc=False):
+class _ApiFaultBody(_Answer, frozen=True):
     error: ApiFault
+
+
+class _Nothing(_Answer, frozen=True):
+    """An answer that says no more than that it was done."""
 
 
 def _number(literal: str) -> int | float:
@@ -157,9 +323,20 @@ def _number(literal: str) -> int | float:
 
 decode_stored_flow = msgspec.json.Decoder(StoredFlow).decode
 decode_stored_blob = msgspec.json.Decoder(StoredBlob).decode
+# A blob is stored as it was sent: its numbers need no mending.
+decode_blob = msgspec.json.Decoder(_Blob).decode
+decode_flow = msgspec.json.Decoder(_Flow).decode
+decode_flow_variables = msgspec.json.Decoder(_Variables, float_hook=_number).decode
 decode_run = msgspec.json.Decoder(RunAnswer, float_hook=_number).decode
+decode_summary = msgspec.json.Decoder(_RunSummary).decode
 decode_run_details = msgspec.json.Decoder(RunDetails).decode
 decode_run_items = msgspec.json.Decoder(RunItems, float_hook=_number).decode
+decode_run_list = msgspec.json.Decoder(_RunList).decode
+decode_run_steps = msgspec.json.Decoder(_RunSteps, float_hook=_number).decode
+decode_components = msgspec.json.Decoder(_Components).decode
+decode_health = msgspec.json.Decoder(_Health).decode
+decode_event = msgspec.json.Decoder(_Event, float_hook=_number).decode
+decode_nothing = msgspec.json.Decoder(_Nothing).decode
 _decode_fault = msgspec.json.Decoder(_ApiFaultBody).decode
 
 
@@ -174,31 +351,54 @@ def blob_request(encoded_flow: bytes) -> bytes:
     return b'{"blobType":"flow","data":' + encoded_flow + b"}"
 
 
+def data_blob_request(encoded_data: bytes, filename: str | None) -> bytes:
+    """``POST /blobs`` with any JSON value but ``null``, which it refuses."""
+    head = b'{"blobType":"data",'
+    if filename is not None:
+        head += b'"filename":' + encode(filename) + b","
+    return head + b'"data":' + encoded_data + b"}"
+
+
 def run_request(
     flow_id: str,
     inputs: Sequence[Any],
     *,
-    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    overrides: Mapping[str, Any] | None = None,
     variables: Mapping[str, Any] | None = None,
+    max_concurrent: int | None = None,
+    wait: int = 0,
 ) -> bytes:
-    """``POST /runs`` that is answered when the run has ended.
+    """``POST /runs``.
 
     The server wants overrides under ``steps`` and each value under ``value``; given any
-    other way it answers 400 or ignores them.
+    other way it answers 400 or ignores them. It closes the connection if the most that
+    may run at once is 0.
+
+    :param wait: for how many whole seconds the server may wait for the run's end before it
+        answers; 0: not at all
     """
-    body: dict[str, Any] = {"flowId": flow_id, "input": inputs, "wait": True}
+    body: dict[str, Any] = {"flowId": str(flow_id), "input": inputs}
+    if wait:
+        body["wait"] = True
+        body["timeoutSecs"] = wait
     if overrides:
-        for step, value in overrides.items():
-            if not isinstance(value, Mapping):
-                raise TypeError(
-                    f"overrides[{step!r}] must be a mapping of the step's properties, like "
-                    f'{{"input": ...}}, not {type(value).__name__}'
-                )
         steps = {step: {"value": value} for step, value in overrides.items()}
         body["overrides"] = {"steps": steps}
     if variables:
         body["variables"] = variables
+    if max_concurrent is not None:
+        body["maxConcurrency"] = max_concurrent
     return encode(body)
+
+
+def query(**parameters: str | float | bool | None) -> str:
+    """The query of a URL, with its question mark; what is None is left out."""
+    given = {
+        name: str(value).lower() if isinstance(value, bool) else value
+        for name, value in parameters.items()
+        if value is not None
+    }
+    return f"?{urlencode(given)}" if given else ""
 
 
 def fault_of(body: bytes) -> ApiFault:
@@ -209,32 +409,167 @@ def fault_of(body: bytes) -> ApiFault:
         return ApiFault(message=body.decode(errors="replace").strip())
 
 
+def run_info(summary: _Summary) -> RunInfo:
+    items = summary.items
+    return RunInfo(
+        run_id=summary.run_id,
+        status=RunStatus(summary.status),
+        flow_id=summary.flow_id,
+        flow_name=summary.flow_name,
+        items=ItemCounts(
+            items.total, items.completed, items.running, items.failed, items.cancelled
+        ),
+        created_at=summary.created_at,
+        completed_at=summary.completed_at,
+        root_run_id=summary.root_run_id,
+        parent_run_id=summary.parent_run_id,
+        orchestrator_id=summary.orchestrator_id,
+    )
+
+
 def flow_result(summary: _Summary, item: _Item | None) -> FlowResult:
-    """What one item of an ended run came to.
+    """What one item of a run came to.
 
     The items of a cancelled run stay "running" for ever, so the run's own status has
     the last word on them.
     """
-    status = (
-        item.status if item is not None and item.status in _ENDED else summary.status
-    )
-    if item is not None and status == COMPLETED:
+    run_status = RunStatus(summary.status)
+    status = RunStatus(item.status) if item is not None else run_status
+    if not status.is_final and run_status.is_final:
+        status = run_status
+    index = item.item_index if item is not None else 0
+    if item is not None and status is RunStatus.COMPLETED:
         return FlowResult(
-            status=FlowStatus.SUCCESS, run_id=summary.run_id, output=item.output
+            status=FlowStatus.SUCCESS,
+            run_id=summary.run_id,
+            item_index=index,
+            output=item.output,
+        )
+    if not status.is_final:
+        return FlowResult(
+            status=FlowStatus.RUNNING, run_id=summary.run_id, item_index=index
         )
     return FlowResult(
-        status=FlowStatus.FAILED, run_id=summary.run_id, error=_flow_error(status, item)
+        status=FlowStatus.FAILED,
+        run_id=summary.run_id,
+        item_index=index,
+        error=_flow_error(status, item),
     )
 
 
-def _flow_error(status: int, item: _Item | None) -> FlowError:
+def step_info(step: _Step) -> StepInfo:
+    status = RunStatus(step.status)
+    error = None
+    if status.is_final and status is not RunStatus.COMPLETED:
+        error = FlowError(
+            code=_error_code(step.error_code),
+            message=step.error_message or _NO_REASON,
+            step_id=step.step_id,
+            component=step.component,
+        )
+    return StepInfo(
+        step_id=step.step_id,
+        status=status,
+        step_index=step.step_index,
+        item_index=step.item_index,
+        component=step.component,
+        output=step.output,
+        error=error,
+        updated_at=step.updated_at,
+    )
+
+
+def component_list(found: _Components) -> ComponentList:
+    return ComponentList(
+        (
+            ComponentInfo(
+                path=each.path,
+                component_id=each.component_id,
+                plugin=each.plugin,
+                description=each.description,
+                input_schema=each.input_schema,
+                output_schema=each.output_schema,
+            )
+            for each in found.components
+        ),
+        failed_plugins={each.plugin: each.error for each in found.failed_plugins},
+    )
+
+
+def flow_variables(found: _Variables) -> dict[str, FlowVariable]:
+    return {
+        name: FlowVariable(
+            required=each.required,
+            default=each.default_value,
+            description=each.description,
+            env_var=each.env_var,
+            schema=each.schema,
+        )
+        for name, each in found.variables.items()
+    }
+
+
+def health(found: _Health) -> Health:
+    return Health(
+        status=found.status,
+        timestamp=found.timestamp,
+        version=found.version or found.build.git_version,
+    )
+
+
+_EVENTS: Final[Mapping[str, type[RunEvent]]] = {
+    each.__name__: each
+    for each in (
+        RunCreated,
+        StepsNeeded,
+        StepReady,
+        StepStarted,
+        StepCompleted,
+        ItemCompleted,
+        SubRunCreated,
+        RunCompleted,
+    )
+}
+
+
+def event(found: _Event) -> RunEvent:
+    """The event by its class; ``UnknownEvent`` if it has none, or another shape."""
+    kind, data = next(iter(found.event.items()), ("", {}))
+    if (known := _EVENTS.get(kind)) is not None:
+        fields = {_snake(name): value for name, value in data.items()}
+        fields["sequence_number"] = found.sequence_number
+        fields["timestamp"] = found.timestamp
+        with suppress(msgspec.ValidationError):
+            return msgspec.convert(fields, known)
+    return UnknownEvent(
+        sequence_number=found.sequence_number,
+        timestamp=found.timestamp,
+        run_id=str(data.get("runId", "")),
+        kind=kind,
+        data=data,
+    )
+
+
+def _snake(name: str) -> str:
+    return _HUMP.sub(r"_\1", name).lower()
+
+
+_HUMP: Final = re.compile(r"(?<=[a-z0-9])([A-Z])")
+
+
+def _flow_error(status: RunStatus, item: _Item | None) -> FlowError:
     if item is not None and item.error_message:
-        return FlowError(_error_code(item.error_code), item.error_message)
-    if status == CANCELLED:
-        return FlowError("CANCELLED", "the run was cancelled")
-    if status == RECOVERY_FAILED:
-        return FlowError("ORCHESTRATOR_ERROR", "the server could not recover the run")
-    return FlowError("UNSPECIFIED", "the server gave no reason")
+        return FlowError(code=_error_code(item.error_code), message=item.error_message)
+    if status is RunStatus.CANCELLED:
+        return FlowError(code="CANCELLED", message="the run was cancelled")
+    if status is RunStatus.RECOVERY_FAILED:
+        return FlowError(
+            code="ORCHESTRATOR_ERROR", message="the server could not recover the run"
+        )
+    return FlowError(code="UNSPECIFIED", message=_NO_REASON)
+
+
+_NO_REASON: Final = "the server gave no reason"
 
 
 def _error_code(number: int) -> str:

@@ -12,7 +12,7 @@ from anyio.abc import SocketAttribute, SocketStream
 from stepflow_runtime import ApiError, ConnectionLostError
 from stepflow_runtime.client import StepflowClient
 from stepflow_runtime.transport import Response
-from stepflow_runtime.transport.loopback import LoopbackTransport
+from stepflow_runtime.transport.direct import DirectTransport
 
 from .conftest import ECHO, each_backend
 
@@ -31,7 +31,7 @@ async def read_request(stream: SocketStream) -> bytes:
 @asynccontextmanager
 async def serving(
     handle: Callable[[SocketStream], Awaitable[None]],
-) -> AsyncIterator[LoopbackTransport]:
+) -> AsyncIterator[DirectTransport]:
     """A transport to a server that does ``handle`` with each connection."""
 
     async def guarded(stream: SocketStream) -> None:
@@ -44,7 +44,7 @@ async def serving(
     listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
     async with listener, anyio.create_task_group() as tasks:
         tasks.start_soon(listener.serve, guarded)
-        transport = LoopbackTransport(listener.extra(SocketAttribute.local_port))
+        transport = DirectTransport(listener.extra(SocketAttribute.local_port))
         try:
             yield transport
         finally:
@@ -134,7 +134,7 @@ async def test_what_is_not_a_whole_answer_is_a_lost_connection(
 
 
 async def test_where_nobody_listens_nothing_was_sent(free_tcp_port: int) -> None:
-    transport = LoopbackTransport(free_tcp_port)
+    transport = DirectTransport(free_tcp_port)
     with pytest.raises(ConnectionLostError, match=f"{free_tcp_port}") as caught:
         await transport.request("GET", "/")
     assert caught.value.unsent
@@ -221,7 +221,7 @@ async def test_no_more_connections_than_allowed() -> None:
             at_once -= 1
 
     async with serving(handle) as transport:
-        limited = LoopbackTransport(transport._port, max_connections=3)
+        limited = DirectTransport(transport._port, max_connections=3)
         async with anyio.create_task_group() as tasks:
             for _ in range(20):
                 tasks.start_soon(limited.request, "GET", "/")

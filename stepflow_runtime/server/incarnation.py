@@ -19,13 +19,13 @@ from anyio.abc import TaskGroup, TaskStatus
 
 from .. import wire
 from ..errors import ConnectionLostError, ServerStartError
+from ..groups import quiet_task_group
 from ..logs.entry import Stream, decode
 from ..logs.pump import pump
 from ..logs.sinks import LogHub
 from ..transport import Transport
-from ..transport.loopback import LoopbackTransport
+from ..transport.direct import DirectTransport
 from .diagnosis import last_words
-from .groups import quiet_task_group
 from .options import Command, ServerOptions
 from .platform import KILLED, read
 from .process import ServerExit, ServerProcess
@@ -219,7 +219,7 @@ class Incarnation:
         scope.cancel()
 
     async def _wait_healthy(self, port: int) -> None:
-        transport = LoopbackTransport(port, max_connections=1)
+        transport = DirectTransport(port, max_connections=1)
         try:
             # Nothing tells us when a server that refuses now will not any more.
             while not await self._is_healthy(transport):  # noqa: ASYNC110
@@ -240,7 +240,7 @@ class Incarnation:
 
     async def _watch_health(self, process: ServerProcess, port: int) -> None:
         """Kill the server when it is alive, but answers no health requests any more."""
-        transport = LoopbackTransport(
+        transport = DirectTransport(
             port, max_connections=self._options.max_health_failures
         )
         try:

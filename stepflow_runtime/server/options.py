@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Self, TypedDict
 
+import yaml
+
 from ..logs.config import LogConfig
 from .restart import RestartPolicy
 
@@ -154,6 +156,23 @@ class ServerOptions:
             stdin=None if self._is_set("CONFIG") else self._config_stdin,
         )
 
+    def may_keep_runs(self) -> bool:
+        """True if the server's store may outlive it. Blocks: it may read the configuration.
+
+        False only if that is sure.
+        """
+        if self._is_set("CONFIG"):
+            return True
+        config = DEFAULT_CONFIG if self.config_path is None else self.config_path
+        if not isinstance(config, Mapping):
+            try:
+                config = yaml.safe_load(Path(config).read_bytes())
+            except (OSError, ValueError, yaml.YAMLError):
+                return True
+        return not isinstance(config, Mapping) or _is_durable(
+            config.get("storageConfig")
+        )
+
     def describe_config(self) -> str:
         """Where the configuration comes from, for messages."""
         if self._is_set("CONFIG"):
@@ -225,6 +244,15 @@ class ServerOptions:
                 "config_path must be the path of a configuration file, a mapping or None, "
                 f"not {type(config).__name__}"
             )
+
+
+def _is_durable(storage: object) -> bool:
+    """True unless every store of the configuration is in memory; none at all is, too."""
+    if not isinstance(storage, Mapping):
+        return storage is not None
+    if isinstance(kind := storage.get("type"), str):
+        return kind != "inMemory"
+    return any(_is_durable(each) for each in storage.values())
 
 
 def _except_loopback_from_proxies(env: dict[str, str]) -> None:

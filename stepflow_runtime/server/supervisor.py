@@ -27,6 +27,7 @@ import anyio
 import anyio.lowlevel
 from anyio.abc import TaskGroup
 
+from ..crew import Crew
 from ..errors import (
     RunLostError,
     RuntimeStoppedError,
@@ -34,6 +35,7 @@ from ..errors import (
     ServerError,
     ServerStartError,
 )
+from ..groups import quiet_task_group
 from ..logs.own import report
 from ..logs.sinks import LogHub
 from ..loops import current_loop, has_ended
@@ -41,7 +43,6 @@ from ..threads import run_abandonable, run_blocking
 from . import keeper, restart
 from .binary import find_binary
 from .diagnosis import last_words
-from .groups import quiet_task_group
 from .guard import MARK
 from .incarnation import Incarnation
 from .options import Command, ServerOptions
@@ -76,15 +77,21 @@ class Supervisor:
     Its tasks live in one event loop. :meth:`ask_to_stop`, the properties and
     everything that waits may be used from any thread and any loop.
 
+    :param crew: works as a task of the supervisor's
     :param on_stopping: called when no call may begin any more, before the server is ended
     """
 
     def __init__(
-        self, options: ServerOptions, *, on_stopping: Callable[[], object]
+        self,
+        options: ServerOptions,
+        crew: Crew,
+        *,
+        on_stopping: Callable[[], object],
     ) -> None:
         self.logs = LogHub(options.log_config)
         self.journal = Journal()
         self._options = options
+        self._crew = crew
         self._on_stopping = on_stopping
         self._orchestrator_id = f"stepflow-runtime-{uuid.uuid4()}"
         self._incarnations = 0
@@ -137,6 +144,7 @@ class Supervisor:
         try:
             async with quiet_task_group() as tasks:
                 tasks.start_soon(self._live, tasks)
+                tasks.start_soon(self._crew.work)
                 await self.wait_ready()
                 yield
         finally:

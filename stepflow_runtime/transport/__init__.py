@@ -1,16 +1,20 @@
 """How bytes travel: one small protocol, and a module for each way.
 
-A transport carries a request to one server and brings the whole answer back. It knows
-HTTP and nothing of Stepflow. Whatever goes wrong on the way is a
+A transport carries a request to one server and brings the answer back, whole or as it
+comes. It knows HTTP and nothing of Stepflow. Whatever goes wrong on the way is a
 :exc:`~stepflow_runtime.errors.ConnectionLostError`; an HTTP error status is an answer
-like any other. A cancelled request leaves nothing behind: its connection is closed.
+like any other. A cancelled request leaves nothing behind: its connection is closed,
+unless somebody else wants its answer.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Final, NamedTuple, Protocol, TypeAlias
 
-__all__ = ["Response", "Transport"]
+__all__ = ["NO_HEADERS", "Heir", "Response", "Stream", "Transport"]
+
+NO_HEADERS: Final[Mapping[str, str]] = {}
 
 
 class Response(NamedTuple):
@@ -26,19 +30,74 @@ class Response(NamedTuple):
     body: bytes
 
 
+Heir: TypeAlias = Callable[[Response], Awaitable[object]]
+"""What is to be done with an answer whose caller was cancelled while it waited for it."""
+
+
+class Stream(Protocol):
+    """An answer whose body comes bit by bit.
+
+    :ivar status: the status code
+    :ivar content_type: as in ``Response``
+    """
+
+    @property
+    def status(self) -> int: ...
+
+    @property
+    def content_type(self) -> str: ...
+
+    async def receive(self) -> bytes:
+        """The next bytes of the body; ``b""`` at its end.
+
+        :raises ConnectionLostError: if the connection broke before the end
+        """
+        ...
+
+    def close(self) -> None:
+        """Read no more. From any thread, as often as one likes."""
+        ...
+
+
 class Transport(Protocol):
     """A way to one server."""
 
     async def request(
-        self, method: str, path: str, body: bytes | None = None
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        headers: Mapping[str, str] = NO_HEADERS,
+        held: float = 0.0,
+        heir: Heir | None = None,
     ) -> Response:
         """Send a request and return the answer.
 
         :param method: the HTTP method
         :param path: the path with its query, ready to be sent
-        :param body: a JSON document, or None for a request without one
+        :param body: a document, or None for a request without one
+        :param headers: more headers; in the place of ``content-type`` and ``accept``, which
+            are ``application/json`` otherwise, if they are among them
+        :param held: for how many seconds the server may hold the answer back, because it
+            was asked to wait for something
+        :param heir: gets the answer if the caller was cancelled after the request was sent.
+            It is called by the transport's crew; the caller goes at once
         :raises ConnectionLostError: if there was no whole answer
         """
+        ...
+
+    async def stream(self, path: str) -> Stream:
+        """Ask (GET) for something that is to be read while it comes.
+
+        Returns when the head of the answer is there. The caller has to close the stream.
+
+        :raises ConnectionLostError: if there was no answer
+        """
+        ...
+
+    def close(self) -> None:
+        """Have every connection closed, soon; from any thread."""
         ...
 
     async def aclose(self) -> None:

@@ -1,0 +1,1215 @@
+"""The executor's calls over the Stepflow HTTP API, whatever is at the other end.
+
+Contract: it turns calls into requests and answers into values; it knows neither how bytes
+travel (``transport``), nor what became of a server that is gone (the subclasses), nor what
+the fields are called (``wire``). What it remembers of the flows it stored holds as long as the
+server's store does. Tasks of several event loops, in several threads, may use one.
+
+Waiting: the first request of :meth:`ApiExecutor.run` asks the server to wait for a moment
+only. A short run is over by then, in one request. From the answer to a longer one its id is
+known, so that it can be waited for, for as long as it takes, and cancelled on the server
+when its caller goes. A caller that goes in that first moment leaves the answer to the crew.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from hashlib import sha256
+from typing import Any, Final, NoReturn, TypeVar, TypeVarTuple, Unpack
+from urllib.parse import quote
+
+import anyio
+import anyio.lowlevel
+import anyio.to_thread
+import msgspec
+
+from . import flows, wire
+from .crew import Crew
+from .errors import (
+    AccessDeniedError,
+    ApiError,
+    ConflictError,
+    InvalidFlowError,
+    InvalidRequestError,
+    NotFoundError,
+    RunTimeoutError,
+    ServerFaultError,
+    StepflowError,
+    UnrepresentableValueError,
+    UnsupportedServerError,
+)
+from .events import RunStatus, StepStarted
+from .executor import (
+    ComponentList,
+    Diagnostic,
+    FlowId,
+    FlowResult,
+    FlowSource,
+    FlowVariable,
+    Health,
+    Overrides,
+    RunInfo,
+    StepInfo,
+    ValidationResult,
+    Variables,
+)
+from .following import EventFollower
+from .logs.entry import LogEntry
+from .many import RunMany
+from .representable import representable
+from .transport import NO_HEADERS, Heir, Response, Stream
+
+__all__ = ["ApiExecutor"]
+
+T = TypeVar("T")
+Args = TypeVarTuple("Args")
+
+# Whole seconds for which the first request of a run lets the server wait. A caller that is
+# cancelled within them does not know the run's id yet; so they are few.
+_FIRST_WAIT: Final = 1
+
+# And each further one: what the server does by itself. What is between us and a server far
+# away (a proxy, a load balancer) may end idle connections earlier; it is asked again then.
+_NEXT_WAIT: Final = 300
+
+# The server answers a waiting request at once for a run that is paused.
+_STILL_RUNNING_PAUSE: Final = 0.1
+
+# How long the crew tries to cancel a run that nobody waits for any more.
+_CANCEL_PATIENCE: Final = 30.0
+
+# Threads that look after workflow files.
+_FILE_THREADS: Final = 4
+
+# How many flows we remember having stored. A program that makes up flows as it goes must
+# not make us grow with it; forgetting one costs two requests.
+_REMEMBERED_FLOWS: Final = 1000
+
+# Of a failed run with more items than this nobody reads all events to count attempts.
+_COUNTED_ITEMS: Final = 100
+_COUNTING_PATIENCE: Final = 5.0
+
+# What the server can count to, where it counts items.
+_MOST_AT_ONCE: Final = 2**32 - 1
+
+# Blobs are not taken through a protobuf, which knows no integers.
+_BLOB_INTEGERS: Final = (-(2**63), 2**64 - 1)
+
+SUPPORTED: Final = "Stepflow 0.12 and 0.13"
+
+
+class ApiExecutor(ABC):
+    """Runs workflows on a server; how that is reached is for the subclass to say.
+
+    :param crew: does what outlives calls
+    """
+
+    def __init__(self, crew: Crew) -> None:
+        self.__crew = crew
+        self.__stored = _Stored()
+
+    @property
+    @abstractmethod
+    def _generation(self) -> int:
+        """Changes when the server may have lost what it had stored."""
+
+    @abstractmethod
+    async def _request(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        headers: Mapping[str, str] = NO_HEADERS,
+        held: float = 0.0,
+        heir: Heir | None = None,
+        repeatable: bool = False,
+    ) -> Response:
+        """As :meth:`~stepflow_runtime.transport.Transport.request`.
+
+        :param repeatable: whether it may be sent again, if nobody knows whether it arrived,
+            even to a server that has lost what it had stored
+        """
+
+    @abstractmethod
+    async def _open_stream(self, path: str) -> Stream:
+        """As :meth:`~stepflow_runtime.transport.Transport.stream`."""
+
+    # -- runs ----------------------------------------------------------------------
+
+    async def run(
+        self,
+        flow: FlowSource,
+        input: Any = None,
+        overrides: Overrides | None = None,
+        *,
+        variables: Variables | None = None,
+        variables_from_env: bool = False,
+        timeout: float | None = None,
+    ) -> FlowResult:
+        """Run a workflow and wait for its end, however long it takes.
+
+        The workflow is sent to the server once and then known by its content (by what
+        ``stat`` says of it, if it is a file).
+
+        :param flow: the path of a YAML or JSON file; the document as a mapping, or as what
+            ``stepflow_py``'s ``FlowBuilder`` builds; or a :class:`FlowId`
+        :param input: the flow's input: any JSON value, or what becomes one (dataclasses,
+            msgspec and pydantic models, datetimes, UUIDs, enums, paths, tuples ...).
+            Whole numbers within ±2^53 come back as they are; a float without a fraction
+            comes back as an int
+        :param overrides: properties to replace, by step id:
+            ``{"step1": {"input": {"x": 1}}}``
+        :param variables: values for the flow's ``$variable`` references
+        :param variables_from_env: whether variables that the flow annotates with an
+            ``env_var`` are taken from this process's environment, if they are set there and
+            not given in ``variables``. Their text counts as JSON if it is, else as a string
+        :param timeout: seconds after which the run is given up and cancelled on the
+            server; None: never
+        :return: how it ended; a flow that failed is a result too
+        :raises FlowDefinitionError: if the workflow cannot be read or is not valid
+        :raises UnrepresentableValueError: if input, overrides or variables hold something
+            that would not arrive as it is; tells where
+        :raises TypeError: if an argument is of the wrong kind
+        :raises RunTimeoutError: if ``timeout`` seconds were over first
+        :raises ApiError: if the server refuses the run
+        :raises ConnectionLostError: if the connection broke, so that nobody knows what
+            became of the run
+        :raises RunLostError: if an embedded server died meanwhile, and is being restarted
+        :raises ServerCrashedError: if it died and is not restarted
+        :raises RuntimeStoppedError: if the runtime is not running
+
+        While an embedded server restarts, the call waits. Cancellation ends the wait at
+        once and has the run cancelled on the server, which in Stepflow 0.13 marks it as
+        cancelled and lets its steps go on to their end.
+        """
+        inputs = [representable(input, name="input")]
+        with _time_limit(timeout) as limit:
+            answer = await self.__create(
+                flow,
+                inputs,
+                overrides,
+                variables,
+                variables_from_env=variables_from_env,
+                wait=_FIRST_WAIT,
+            )
+            summary = answer.summary
+            results: Sequence[Any] = answer.results
+            if not summary.has_ended:
+                limit.run_id = summary.run_id
+                try:
+                    summary = (await self.__wait_for_end(summary.run_id)).summary
+                except anyio.get_cancelled_exc_class():
+                    self.__have_cancelled(summary.run_id)
+                    raise
+                results = await self.__items(summary.run_id)
+            result = wire.flow_result(summary, results[0] if results else None)
+            if result.is_failed:
+                (result,) = await self.__with_reasons([result])
+            return result
+
+    async def submit(
+        self,
+        flow: FlowSource,
+        input: Any = None,
+        overrides: Overrides | None = None,
+        *,
+        variables: Variables | None = None,
+        variables_from_env: bool = False,
+        timeout: float | None = None,
+    ) -> str:
+        """Start a run, and return its id without waiting for its end.
+
+        Takes what :meth:`run` takes, and raises what it raises; but ``timeout`` is for the
+        server to take the run. Cancelled while it is being taken, it is cancelled there.
+        """
+        inputs = [representable(input, name="input")]
+        with _time_limit(timeout):
+            answer = await self.__create(
+                flow,
+                inputs,
+                overrides,
+                variables,
+                variables_from_env=variables_from_env,
+            )
+        return answer.summary.run_id
+
+    async def get_result(
+        self, run_id: str, *, timeout: float | None = None
+    ) -> FlowResult:
+        """Wait for the end of a run that was started elsewhere, and return its result.
+
+        :param run_id: what :meth:`submit` returned, or another client
+        :param timeout: seconds to wait at most. The run goes on after that, as after a
+            cancellation: it is not this call's
+        :raises NotFoundError: if the server does not know the run
+        :raises ValueError: if it is a batch of several items: see :meth:`get_batch`
+        :raises RunTimeoutError: if ``timeout`` seconds were over first
+        """
+        with _time_limit(timeout, "is not over yet") as limit:
+            limit.run_id = run_id
+            details = await self.__wait_for_end(run_id)
+            if details.summary.items.total > 1:
+                raise ValueError(
+                    f"run {run_id} is a batch of {details.summary.items.total} items: "
+                    "get_batch() has their results"
+                )
+            items = await self.__items(run_id)
+            result = wire.flow_result(details.summary, items[0] if items else None)
+            (result,) = await self.__with_reasons([result], details)
+            return result
+
+    async def submit_batch(
+        self,
+        flow: FlowSource,
+        inputs: Iterable[Any],
+        max_concurrent: int | None = None,
+        overrides: Overrides | None = None,
+        *,
+        variables: Variables | None = None,
+        variables_from_env: bool = False,
+        timeout: float | None = None,
+    ) -> str:
+        """Start one run with many inputs, and return its id without waiting for its end.
+
+        :param inputs: an input for each item, at least one; all are sent at once
+        :param max_concurrent: how many items the server has under way at a time, at least
+            1; None: as many as it likes (Stepflow 0.13: 10)
+        :param timeout: seconds for the server to take the run
+        :raises ValueError: if there is no input, or ``max_concurrent`` is less than 1
+
+        The rest is as for :meth:`submit`.
+        """
+        _check_max_concurrent(max_concurrent)
+        items = _as_list(inputs)
+        if not items:
+            raise ValueError("inputs is empty: a batch needs at least one")
+        items = representable(items, name="inputs", depth=_DEEPEST + 1)
+        with _time_limit(timeout):
+            answer = await self.__create(
+                flow,
+                items,
+                overrides,
+                variables,
+                variables_from_env=variables_from_env,
+                max_concurrent=max_concurrent,
+            )
+        return answer.summary.run_id
+
+    async def get_batch(
+        self,
+        batch_id: str,
+        include_results: bool = True,
+        *,
+        wait: bool = True,
+        timeout: float | None = None,
+    ) -> tuple[RunInfo, list[FlowResult]]:
+        """Wait for a batch, and return how it stands and what became of each item.
+
+        :param batch_id: what :meth:`submit_batch` returned; the id of any run will do
+        :param include_results: whether the results are wanted; if not, the list is empty
+        :param wait: False returns at once; what is not over then ``is_running``
+        :param timeout: seconds to wait at most. The batch goes on after that, as after a
+            cancellation; :meth:`cancel` cancels it
+        :return: the run, and one result for each input, in the order of the inputs; a
+            failed item is a failed result
+        :raises NotFoundError: if the server does not know the batch
+        :raises RunTimeoutError: if ``timeout`` seconds were over first
+        """
+        with _time_limit(timeout, "is not over yet") as limit:
+            limit.run_id = batch_id
+            if wait:
+                details = await self.__wait_for_end(batch_id)
+            else:
+                details = await self.__details(batch_id)
+            summary = details.summary
+            if not include_results:
+                return wire.run_info(summary), []
+            items = {each.item_index: each for each in await self.__items(batch_id)}
+            results = [
+                wire.flow_result(summary, items.get(index))
+                if index in items
+                else msgspec.structs.replace(
+                    wire.flow_result(summary, None), item_index=index
+                )
+                for index in range(max(summary.items.total, len(items)))
+            ]
+            return wire.run_info(summary), await self.__with_reasons(results, details)
+
+    def run_many(
+        self,
+        flow: FlowSource,
+        inputs: Iterable[Any],
+        max_concurrent: int | None = None,
+        overrides: Overrides | None = None,
+        *,
+        variables: Variables | None = None,
+        variables_from_env: bool = False,
+        timeout: float | None = None,
+    ) -> RunMany:
+        """Run a workflow on each input, and yield ``(index, result)`` as they end.
+
+        ``async for index, result in executor.run_many(flow, inputs): ...``. Each input is a
+        run of its own; inputs are taken when there is room for them, so they may be
+        endless. Left early (``break``), an exception or a cancellation in the loop: the runs
+        under way are cancelled, at the latest when the iterator is garbage;
+        ``contextlib.aclosing`` does it at once.
+
+        :param inputs: the inputs; the index counts them, from 0
+        :param max_concurrent: how many are under way at a time, at least 1; None: 50
+        :param timeout: seconds for each run
+
+        The iteration raises what :meth:`run` raises, and ends with that. The rest is as
+        for :meth:`run`.
+        """
+        _check_max_concurrent(max_concurrent)
+        run = partial(
+            self.run,
+            flow,
+            overrides=overrides,
+            variables=variables,
+            variables_from_env=variables_from_env,
+            timeout=timeout,
+        )
+        return RunMany(run, _as_iterable(inputs), max_concurrent, self.__crew)
+
+    async def cancel(self, run_id: str) -> RunInfo:
+        """Cancel a run, and return how it stands then.
+
+        A run that is over is left as it is; the server would call it cancelled. Who waits
+        for the run hears at once. Stepflow 0.13 only marks it: steps under way, and
+        those after them, go on, and when the last one has ended the run counts as
+        completed after all.
+
+        :raises NotFoundError: if the server does not know the run
+        """
+        path = f"/runs/{_segment('run_id', run_id)}"
+        info = await self.get_run(run_id)
+        if info.has_ended:
+            return info
+        cancelled = await self.__ask(
+            wire.decode_summary,
+            "POST",
+            f"{path}/cancel",
+            b"{}",
+            repeatable=True,
+            run_id=run_id,
+        )
+        return wire.run_info(cancelled.summary)
+
+    async def get_run(self, run_id: str) -> RunInfo:
+        """Return how a run stands.
+
+        :raises NotFoundError: if the server does not know the run
+        """
+        path = f"/runs/{_segment('run_id', run_id)}"
+        found = await self.__ask(wire.decode_summary, "GET", path, run_id=run_id)
+        return wire.run_info(found.summary)
+
+    async def list_runs(
+        self,
+        *,
+        status: RunStatus | None = None,
+        flow_name: str | None = None,
+        root_run_id: str | None = None,
+        parent_run_id: str | None = None,
+        roots_only: bool = False,
+        max_depth: int | None = None,
+        limit: int | None = None,
+        offset: int = 0,
+    ) -> list[RunInfo]:
+        """Return the runs that the server knows, the newest first.
+
+        :param status: only those that stand so
+        :param flow_name: only those of workflows of that name
+        :param root_run_id: only that run and those that it, and they, have started
+        :param parent_run_id: only those that this run has started itself
+        :param roots_only: only those that no run has started
+        :param max_depth: only so many levels below their root; 0: only roots
+        :param limit: so many at most; None: as many as the server gives
+        :param offset: how many to leave out first
+        """
+        if status is not None and not isinstance(status, RunStatus):
+            raise TypeError(f"status must be a RunStatus, not {status!r}")
+        for name, number in (
+            ("max_depth", max_depth),
+            ("limit", limit),
+            ("offset", offset),
+        ):
+            if number is not None:
+                _check_count(name, number, least=0)
+        filters = wire.query(
+            status=None if status is None else status.value,
+            flowName=flow_name,
+            rootRunId=root_run_id,
+            parentRunId=parent_run_id,
+            rootsOnly=roots_only or None,
+            maxDepth=max_depth,
+            limit=limit,
+            offset=offset or None,
+        )
+        found = await self.__ask(wire.decode_run_list, "GET", f"/runs{filters}")
+        return [wire.run_info(each) for each in found.runs]
+
+    async def get_steps(
+        self, run_id: str, *, item_index: int | None = None
+    ) -> list[StepInfo]:
+        """Return how the steps of a run stand, those that were begun.
+
+        :param item_index: only those of this item, from 0
+        :raises NotFoundError: if the server does not know the run
+        """
+        if item_index is not None:
+            _check_count("item_index", item_index, least=0)
+        path = f"/runs/{_segment('run_id', run_id)}"
+        filters = wire.query(itemIndex=item_index)
+        found = await self.__ask(
+            wire.decode_run_steps, "GET", f"{path}/steps{filters}", run_id=run_id
+        )
+        if not found.steps:
+            # So the server answers for a run that it does not know, too.
+            await self.get_run(run_id)
+        return [wire.step_info(each) for each in found.steps]
+
+    def events(
+        self,
+        run_id: str,
+        *,
+        since: int = 0,
+        include_results: bool = False,
+        include_sub_runs: bool = False,
+    ) -> EventFollower:
+        """Follow what happens in a run: what has happened so far, and then what comes.
+
+        ``async for event in executor.events(run_id): ...`` ends after ``RunCompleted``, or
+        when the run was cancelled and nothing more comes. A connection that breaks is made
+        anew, and goes on where it was: no event is lost, and none comes twice.
+
+        :param since: the ``sequence_number`` to begin with
+        :param include_results: whether the ends of steps carry their results
+        :param include_sub_runs: whether the events of runs that it starts come, too
+        :raises NotFoundError: while iterating, if the server does not know the run
+
+        The rest is as for :meth:`get_result`. To stop reading needs no closing;
+        ``contextlib.aclosing`` closes the connection at once.
+        """
+        _check_count("since", since, least=0)
+        parameters = wire.query(
+            # The server wants the id again.
+            runId=run_id,
+            includeResults=include_results or None,
+            includeSubRuns=include_sub_runs or None,
+        )
+        return EventFollower(
+            partial(
+                self.__event_stream,
+                f"/runs/{_segment('run_id', run_id)}/events{parameters}",
+                run_id,
+            ),
+            partial(self.get_run, run_id),
+            run_id,
+            since,
+        )
+
+    async def delete_run(self, run_id: str) -> None:
+        """Have the server forget a run that is over.
+
+        The in-memory store of Stepflow 0.13 says that it did, and keeps it.
+
+        :raises NotFoundError: if the server does not know the run
+        :raises ConflictError: if it is not over
+        """
+        path = f"/runs/{_segment('run_id', run_id)}"
+        await self.__ask(
+            wire.decode_nothing, "DELETE", path, repeatable=True, run_id=run_id
+        )
+
+    # -- flows ---------------------------------------------------------------------
+
+    async def validate(self, flow: FlowSource) -> ValidationResult:
+        """Have the server look at a workflow. It is not stored.
+
+        :raises FlowNotFoundError: if the file cannot be read
+        :raises FlowSyntaxError: if it is not YAML or JSON
+        :raises InvalidFlowError: if it holds what JSON cannot carry
+        """
+        if isinstance(flow, FlowId):
+            loaded = flows.encode(await self.__document(flow), f"flow {flow}")
+        else:
+            loaded = await self.__load(flow)
+        return await self.__analyse(loaded)
+
+    async def store_flow(self, flow: FlowSource) -> FlowId:
+        """Store a workflow on the server, unless it is known to be there; return its id.
+
+        :raises FlowDefinitionError: if the workflow cannot be read or is not valid
+        :raises ApiError: if the server refuses it for another reason
+        """
+        flow_id, _ = await self.__store(flow)
+        return flow_id
+
+    async def get_flow_variables(self, flow: FlowSource) -> dict[str, FlowVariable]:
+        """Return the variables that a workflow declares, by name. It is stored for that.
+
+        :raises FlowDefinitionError: if the workflow cannot be read or is not valid
+        :raises NotFoundError: if there is no flow of this id
+        """
+        flow_id, _ = await self.__store(flow)
+        path = f"/flows/{_segment('flow', flow_id)}/variables"
+        found = await self.__ask(
+            wire.decode_flow_variables, "GET", path, repeatable=True, flow_id=flow_id
+        )
+        return wire.flow_variables(found)
+
+    async def list_components(self, *, include_schemas: bool = True) -> ComponentList:
+        """Return the components that workflows can use here.
+
+        :param include_schemas: whether with the schemas of their input and output
+        :return: a list; what plugins could not tell theirs is in ``failed_plugins``
+        """
+        filters = wire.query(excludeSchemas=None if include_schemas else True)
+        found = await self.__ask(
+            wire.decode_components, "GET", f"/components{filters}", repeatable=True
+        )
+        return wire.component_list(found)
+
+    # -- blobs and the rest --------------------------------------------------------
+
+    async def put_blob(self, data: Any, *, filename: str | None = None) -> str:
+        """Store data on the server; return its id, which its content determines.
+
+        :param data: bytes, or any JSON value but ``None``, or what becomes one. Integers
+            from -2^63 to 2^64-1 stay as they are (in a blob, not in what a workflow makes
+            of it)
+        :param filename: a name to go with it
+        :raises UnrepresentableValueError: if it would not arrive as it is
+        """
+        if filename is not None:
+            _check_text("filename", filename)
+        if isinstance(data, bytes | bytearray | memoryview):
+            headers = {"content-type": "application/octet-stream"}
+            if filename is not None:
+                headers["x-blob-filename"] = _header("filename", filename)
+            body = bytes(data)
+        elif data is None:
+            raise UnrepresentableValueError(
+                "data $: the server does not store null: wrap it, [None]", path="$"
+            )
+        else:
+            headers = {}
+            value = representable(data, name="data", whole=_BLOB_INTEGERS)
+            body = wire.data_blob_request(wire.encode(value), filename)
+        stored = await self.__ask(
+            wire.decode_stored_blob,
+            "POST",
+            "/blobs",
+            body,
+            headers=headers,
+            repeatable=True,
+        )
+        return stored.blob_id
+
+    async def get_blob(self, blob_id: str) -> Any:
+        """Return what is stored under an id: bytes as bytes, a JSON value as that.
+
+        :raises NotFoundError: if there is none
+        """
+        path = f"/blobs/{_segment('blob_id', blob_id)}"
+        found = await self.__ask(
+            wire.decode_blob, "GET", path, repeatable=True, blob_id=blob_id
+        )
+        if found.blob_type != "binary":
+            return found.data
+        response = await self._request(
+            "GET",
+            wire.API + path,
+            headers={"accept": "application/octet-stream"},
+            repeatable=True,
+        )
+        if response.status >= 300:
+            raise _refusal(response, "GET", path, {"blob_id": blob_id})
+        return response.body
+
+    async def health(self) -> Health:
+        """Ask the server how it is.
+
+        :raises ServerError: if an embedded server is not there
+        :raises ConnectionLostError: if one elsewhere does not answer
+        """
+        found = await self.__ask(wire.decode_health, "GET", "/health", repeatable=True)
+        return wire.health(found)
+
+    # -- what a subclass may know more of --------------------------------------------
+
+    async def _logs_of_failure(self, result: FlowResult) -> tuple[LogEntry, ...]:
+        """What the server has logged of a failed run."""
+        return ()
+
+    # -- flows, underneath ---------------------------------------------------------
+
+    async def __store(self, flow: FlowSource) -> tuple[FlowId, bool]:
+        """Return the id of a stored flow, and whether it was known already."""
+        if isinstance(flow, FlowId):
+            return flow, False
+        if isinstance(flow, str) or hasattr(flow, "__fspath__"):
+            key: _FlowKey = await _in_thread(flows.stat_key, flows.as_path(flow))
+            if (known := self.__stored.get(self._generation, key)) is not None:
+                return known, True
+            loaded = await _in_thread(flows.load, flow)
+        else:
+            loaded = flows.load(flow)
+            key = sha256(loaded.encoded).digest()
+            if (known := self.__stored.get(self._generation, key)) is not None:
+                return known, True
+        generation = self._generation
+        verdict = await self.__analyse(loaded)
+        if any(each.level == "fatal" for each in verdict.diagnostics):
+            raise InvalidFlowError(
+                _listed(loaded.source, verdict),
+                source=loaded.source,
+                diagnostics=verdict.diagnostics,
+            )
+        # ``POST /flows`` would analyse and store in one, but it takes every number of the
+        # document through a float: a step with the input ``duration_ms: 50`` is stored with
+        # ``50.0``, and a component that wants an integer fails. ``POST /blobs`` stores what
+        # it is given, and runs take its id; but it looks at nothing.
+        stored = await self.__ask(
+            wire.decode_stored_blob,
+            "POST",
+            "/blobs",
+            wire.blob_request(loaded.encoded),
+            repeatable=True,
+        )
+        flow_id = FlowId(stored.blob_id)
+        self.__stored.remember(generation, key, flow_id)
+        return flow_id, False
+
+    async def __load(self, flow: FlowSource) -> flows.Flow:
+        if isinstance(flow, str) or hasattr(flow, "__fspath__"):
+            return await _in_thread(flows.load, flow)
+        return flows.load(flow)
+
+    async def __analyse(self, flow: flows.Flow) -> ValidationResult:
+        path = "/flows"
+        request = wire.flow_request(
+            flows.without_retry_limits(flow.encoded), dry_run=True
+        )
+        response = await self._request(
+            "POST", wire.API + path, request, repeatable=True
+        )
+        if response.status in (400, 422):
+            message = wire.fault_of(response.body).message or "not a workflow"
+            return ValidationResult(diagnostics=(Diagnostic("fatal", message),))
+        answer = await self.__decoded(
+            wire.decode_stored_flow, response, "POST", path, {}
+        )
+        return ValidationResult(
+            flow_id=answer.flow_id, diagnostics=tuple(answer.findings())
+        )
+
+    async def __document(self, flow_id: FlowId) -> dict[str, Any]:
+        path = f"/flows/{_segment('flow', flow_id)}"
+        found = await self.__ask(
+            wire.decode_flow, "GET", path, repeatable=True, flow_id=flow_id
+        )
+        return found.flow
+
+    async def __variables(
+        self, flow_id: FlowId, given: Variables | None, *, from_env: bool
+    ) -> Mapping[str, Any] | None:
+        if not from_env:
+            return given
+        annotated = self.__stored.env_names(flow_id)
+        if annotated is None:
+            declared = await self.get_flow_variables(flow_id)
+            annotated = {
+                name: each.env_var
+                for name, each in declared.items()
+                if each.env_var is not None
+            }
+            self.__stored.remember_env_names(flow_id, annotated)
+        return {**flows.from_environment(annotated), **(given or {})}
+
+    # -- runs, underneath ----------------------------------------------------------
+
+    async def __create(
+        self,
+        flow: FlowSource,
+        inputs: list[Any],
+        overrides: Overrides | None,
+        variables: Variables | None,
+        *,
+        variables_from_env: bool,
+        max_concurrent: int | None = None,
+        wait: int = 0,
+    ) -> wire.RunAnswer:
+        """Start a run. Whoever is cancelled in here has it cancelled on the server."""
+        overrides = _checked_overrides(overrides)
+        variables = _checked_variables(variables)
+        while True:
+            flow_id, was_known = await self.__store(flow)
+            body = wire.run_request(
+                flow_id,
+                inputs,
+                overrides=overrides,
+                variables=await self.__variables(
+                    flow_id, variables, from_env=variables_from_env
+                ),
+                max_concurrent=max_concurrent,
+                wait=wait,
+            )
+            try:
+                return await self.__ask(
+                    wire.decode_run,
+                    "POST",
+                    "/runs",
+                    body,
+                    held=wait,
+                    heir=self.__cancel_what_began,
+                    flow_id=flow_id,
+                )
+            except NotFoundError:
+                if not was_known:
+                    raise
+                # The server has been restarted, and its store was in memory.
+                self.__stored.forget(flow_id)
+            except InvalidRequestError as exc:
+                if overrides:
+                    await self.__explain_overrides(flow_id, overrides, exc)
+                raise
+
+    async def __explain_overrides(
+        self, flow_id: FlowId, overrides: Mapping[str, Any], refusal: ApiError
+    ) -> None:
+        """The server says no more than that it "failed to apply workflow overrides"."""
+        try:
+            steps = flows.step_ids(await self.__document(flow_id))
+        except StepflowError:
+            return
+        unknown = [step for step in overrides if step not in steps]
+        if unknown:
+            raise InvalidRequestError(
+                f"overrides: this workflow has no step {', '.join(map(repr, unknown))}; "
+                f"it has {', '.join(map(repr, steps))}",
+                status=refusal.status,
+                code=refusal.code,
+                reason=refusal.reason,
+                flow_id=flow_id,
+            ) from refusal
+
+    async def __wait_for_end(self, run_id: str) -> wire.RunDetails:
+        path = f"/runs/{_segment('run_id', run_id)}"
+        path += wire.query(wait=True, timeoutSecs=_NEXT_WAIT)
+        while True:
+            details = await self.__ask(
+                wire.decode_run_details, "GET", path, held=_NEXT_WAIT, run_id=run_id
+            )
+            if details.summary.has_ended:
+                return details
+            await anyio.sleep(_STILL_RUNNING_PAUSE)
+
+    async def __details(self, run_id: str) -> wire.RunDetails:
+        path = f"/runs/{_segment('run_id', run_id)}"
+        return await self.__ask(wire.decode_run_details, "GET", path, run_id=run_id)
+
+    async def __items(self, run_id: str) -> Sequence[Any]:
+        path = f"/runs/{_segment('run_id', run_id)}/items"
+        found = await self.__ask(wire.decode_run_items, "GET", path, run_id=run_id)
+        return found.results
+
+    def __have_cancelled(self, run_id: str) -> None:
+        """Leave it to the crew: the caller is on its way out."""
+        self.__crew.send(partial(self.__cancel_quietly, run_id))
+
+    async def __cancel_what_began(self, response: Response) -> None:
+        with suppress(msgspec.DecodeError, UnicodeDecodeError):
+            summary = wire.decode_run(response.body).summary
+            if response.status < 300 and not summary.has_ended:
+                await self.__cancel_quietly(summary.run_id)
+
+    async def __cancel_quietly(self, run_id: str) -> None:
+        with suppress(StepflowError), anyio.move_on_after(_CANCEL_PATIENCE):
+            await self.cancel(run_id)
+
+    async def __event_stream(self, path: str, run_id: str, since: int) -> Stream:
+        stream = await self._open_stream(f"{wire.API}{path}&since={since}")
+        if stream.status < 300 and stream.content_type == "text/event-stream":
+            return stream
+        try:
+            body = b""
+            while data := await stream.receive():
+                body += data
+        finally:
+            stream.close()
+        response = Response(stream.status, stream.content_type, body)
+        about = {"run_id": run_id}
+        if stream.status < 300:
+            await self.__refuse_version(response, "not a stream of events", about)
+        raise _refusal(response, "GET", path.partition("?")[0], about)
+
+    # -- why a run failed ----------------------------------------------------------
+
+    async def __with_reasons(
+        self, results: list[FlowResult], details: wire.RunDetails | None = None
+    ) -> list[FlowResult]:
+        """The results, those that failed with what the server knows of the reasons."""
+        failed = [each for each in results if each.is_failed]
+        if not failed:
+            return results
+        run_id = failed[0].run_id
+        try:
+            if details is None:
+                details = await self.__details(run_id)
+            attempts = await self.__attempts(details)
+        except StepflowError:
+            return results  # that it failed is known all the same
+        steps = {
+            step.item_index: step
+            for step in map(wire.step_info, details.steps)
+            if step.error is not None
+        }
+        for result in failed:
+            step = steps.get(result.item_index)
+            error = result.error
+            assert error is not None
+            if step is not None:
+                error = msgspec.structs.replace(
+                    error,
+                    step_id=step.step_id,
+                    component=step.component,
+                    attempts=attempts.get((step.item_index, step.step_id)),
+                )
+            explained = msgspec.structs.replace(result, error=error)
+            logs = await self._logs_of_failure(explained)
+            results[result.item_index] = msgspec.structs.replace(
+                explained, error=msgspec.structs.replace(error, logs=logs)
+            )
+        return results
+
+    async def __attempts(self, details: wire.RunDetails) -> dict[tuple[int, str], int]:
+        """How often each step of each item was tried: only the events know."""
+        summary = details.summary
+        if (
+            RunStatus(summary.status) is not RunStatus.FAILED
+            or summary.items.total > _COUNTED_ITEMS
+        ):
+            return {}
+        attempts: dict[tuple[int, str], int] = {}
+        events = self.events(summary.run_id)
+        try:
+            with anyio.move_on_after(_COUNTING_PATIENCE):
+                async for event in events:
+                    if isinstance(event, StepStarted):
+                        step = (event.item_index, event.step_id)
+                        attempts[step] = max(attempts.get(step, 0), event.attempt)
+        finally:
+            events.close()
+        return attempts
+
+    # -- requests ------------------------------------------------------------------
+
+    async def __ask(
+        self,
+        decode: Callable[[bytes], T],
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        headers: Mapping[str, str] = NO_HEADERS,
+        held: float = 0.0,
+        heir: Heir | None = None,
+        repeatable: bool = False,
+        **about: str,
+    ) -> T:
+        """Send a request; return the value in its answer.
+
+        :param about: ``run_id``, ``flow_id`` or ``blob_id``, for the error
+        :raises ApiError: if the answer is an error, or is not what was asked for
+        """
+        response = await self._request(
+            method,
+            wire.API + path,
+            body,
+            headers=headers,
+            held=held,
+            heir=heir,
+            repeatable=repeatable,
+        )
+        return await self.__decoded(decode, response, method, path, about)
+
+    async def __decoded(
+        self,
+        decode: Callable[[bytes], T],
+        response: Response,
+        method: str,
+        path: str,
+        about: Mapping[str, str],
+    ) -> T:
+        if response.status >= 300:
+            raise _refusal(response, method, path, about)
+        try:
+            return decode(response.body)
+        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+            reason = exc
+        await self.__refuse_version(response, str(reason), about)
+
+    async def __refuse_version(
+        self, response: Response, trouble: str, about: Mapping[str, str]
+    ) -> NoReturn:
+        """A server answers 200 without a body to a path that it does not know."""
+        found = await self.__version()
+        raise UnsupportedServerError(
+            f"the server's answer is not of the shape that this library knows "
+            f"({response.content_type or 'no content type'}: {trouble}). {found}; "
+            f"supported are {SUPPORTED}",
+            status=response.status,
+            **about,
+        )
+
+    async def __version(self) -> str:
+        try:
+            response = await self._request("GET", wire.HEALTH, repeatable=True)
+            version = wire.health(wire.decode_health(response.body)).version
+        except (StepflowError, msgspec.DecodeError, UnicodeDecodeError):
+            return "It does not tell its version either"
+        return f"It says that its version is {version or 'none'}"
+
+
+# -- what is remembered ------------------------------------------------------------------
+
+_FlowKey = bytes | flows.FileKey
+
+
+class _Stored:
+    """The flows that the server is known to have, and what of them is asked for again."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._ids: dict[tuple[int, _FlowKey], FlowId] = {}
+        self._env_names: dict[FlowId, Mapping[str, str]] = {}
+
+    def get(self, generation: int, key: _FlowKey) -> FlowId | None:
+        return self._ids.get((generation, key))
+
+    def remember(self, generation: int, key: _FlowKey, flow_id: FlowId) -> None:
+        with self._lock:
+            _make_room(self._ids)
+            self._ids[generation, key] = flow_id
+
+    def forget(self, flow_id: FlowId) -> None:
+        with self._lock:
+            for key in [key for key, each in self._ids.items() if each == flow_id]:
+                del self._ids[key]
+
+    def env_names(self, flow_id: FlowId) -> Mapping[str, str] | None:
+        return self._env_names.get(flow_id)
+
+    def remember_env_names(self, flow_id: FlowId, names: Mapping[str, str]) -> None:
+        with self._lock:
+            _make_room(self._env_names)
+            self._env_names[flow_id] = names
+
+
+def _make_room(remembered: dict[Any, Any]) -> None:
+    while len(remembered) >= _REMEMBERED_FLOWS:
+        del remembered[next(iter(remembered))]
+
+
+# -- arguments ---------------------------------------------------------------------------
+
+# How deep the server reads JSON, less what a request puts around a value.
+_DEEPEST: Final = 125
+_DEEPEST_OVERRIDE: Final = 123
+
+
+def _checked_overrides(overrides: object) -> Mapping[str, Any] | None:
+    if overrides is None:
+        return None
+    if not isinstance(overrides, Mapping):
+        raise TypeError(
+            "overrides must be a mapping of step ids to properties, like "
+            f'{{"step1": {{"input": ...}}}}, not {type(overrides).__name__}'
+        )
+    for step, properties in overrides.items():
+        if not isinstance(properties, Mapping):
+            raise TypeError(
+                f"overrides[{step!r}] must be a mapping of the step's properties, like "
+                f'{{"input": ...}}, not {type(properties).__name__}'
+            )
+    checked: Mapping[str, Any] = representable(
+        overrides, name="overrides", depth=_DEEPEST_OVERRIDE + 1
+    )
+    return checked
+
+
+def _checked_variables(variables: object) -> Mapping[str, Any] | None:
+    if variables is None:
+        return None
+    if not isinstance(variables, Mapping):
+        raise TypeError(
+            "variables must be a mapping of names to values, not "
+            f"{type(variables).__name__}"
+        )
+    checked: Mapping[str, Any] = representable(
+        variables, name="variables", depth=_DEEPEST + 1
+    )
+    return checked
+
+
+def _as_iterable(inputs: object) -> Iterable[Any]:
+    if isinstance(inputs, str | bytes | Mapping) or not isinstance(inputs, Iterable):
+        raise TypeError(
+            "inputs must be a list of inputs, or another iterable, not "
+            f"{type(inputs).__name__}"
+        )
+    return inputs
+
+
+def _as_list(inputs: object) -> list[Any]:
+    return list(_as_iterable(inputs))
+
+
+def _check_max_concurrent(number: object) -> None:
+    if number is not None:
+        _check_count("max_concurrent", number, least=1)
+
+
+def _check_count(name: str, number: object, *, least: int) -> None:
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise TypeError(f"{name} must be a whole number, not {number!r}")
+    if not least <= number <= _MOST_AT_ONCE:
+        raise ValueError(
+            f"{name} must be from {least} to {_MOST_AT_ONCE}, not {number}"
+        )
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, not {type(value).__name__}")
+    if not value:
+        raise ValueError(f"{name} is empty")
+
+
+def _header(name: str, value: str) -> str:
+    if not (value.isascii() and value.isprintable()):
+        raise ValueError(
+            f"{name}: the server takes only printable ASCII here, not {value!r}"
+        )
+    return value
+
+
+def _segment(name: str, value: object) -> str:
+    """An id as a part of a URL's path."""
+    _check_text(name, value)
+    return quote(str(value), safe="")
+
+
+async def _in_thread(function: Callable[[Unpack[Args]], T], *args: *Args) -> T:
+    """Call ``function`` where it may block.
+
+    The program's own threads may all be waiting for this very call.
+    """
+    return await anyio.to_thread.run_sync(function, *args, limiter=_threads())
+
+
+_file_threads: anyio.lowlevel.RunVar[anyio.CapacityLimiter] = anyio.lowlevel.RunVar(
+    "stepflow_runtime file threads"
+)
+
+
+def _threads() -> anyio.CapacityLimiter:
+    """The limit of this event loop: a limiter belongs to one."""
+    try:
+        return _file_threads.get()
+    except LookupError:
+        limiter = anyio.CapacityLimiter(_FILE_THREADS)
+        _file_threads.set(limiter)
+        return limiter
+
+
+# -- time --------------------------------------------------------------------------------
+
+
+class _Limit:
+    run_id: str | None = None
+
+
+@contextmanager
+def _time_limit(
+    seconds: float | None, verdict: str = "is being cancelled on the server"
+) -> Iterator[_Limit]:
+    """End the block after so many seconds.
+
+    :raises RunTimeoutError: if it was ended
+    """
+    limit = _Limit()
+    if seconds is None:
+        yield limit
+        return
+    _check_timeout(seconds)
+    with anyio.move_on_after(seconds) as scope:
+        yield limit
+    if scope.cancelled_caught:
+        run = f"run {limit.run_id}" if limit.run_id else "the run"
+        raise RunTimeoutError(
+            f"the timeout of {seconds} s is over, and {run} {verdict}",
+            run_id=limit.run_id,
+        )
+
+
+def _check_timeout(seconds: object) -> None:
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        raise TypeError(f"timeout must be a number of seconds or None, not {seconds!r}")
+    if not seconds > 0:
+        raise ValueError(f"timeout must be more than 0 seconds, not {seconds}")
+
+
+# -- errors ------------------------------------------------------------------------------
+
+
+def _refusal(
+    response: Response, method: str, path: str, about: Mapping[str, str]
+) -> ApiError:
+    """The exception for an answer that is an error."""
+    fault = wire.fault_of(response.body)
+    status = response.status
+    reason = fault.message or _REASONS.get(status, "no reason given")
+    return _class_for(status)(
+        f"the server answered {status} to {method} {path.partition('?')[0]}: {reason}",
+        status=status,
+        code=fault.status or None,
+        reason=fault.message,
+        **about,
+    )
+
+
+_REASONS: Final = {
+    401: "credentials are missing or wrong",
+    403: "these credentials are not enough",
+    404: "there is nothing of this id",
+    407: "a proxy wants credentials",
+}
+
+
+def _class_for(status: int) -> type[ApiError]:
+    if status in (401, 403, 407):
+        return AccessDeniedError
+    if status in (404, 410):
+        return NotFoundError
+    if status in (409, 412):
+        return ConflictError
+    if status == 429 or status >= 500:
+        return ServerFaultError
+    if 400 <= status < 500:
+        return InvalidRequestError
+    return ApiError
+
+
+def _listed(source: str, verdict: ValidationResult) -> str:
+    return "\n  ".join(
+        [f"{source} is not a valid workflow:", *map(str, verdict.errors)]
+    )

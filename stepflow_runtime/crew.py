@@ -1,0 +1,241 @@
+"""Tasks that belong to an executor, and not to the call that they come from.
+
+A caller that is cancelled goes at once; that its run is cancelled on the server, too, is
+somebody else's task. Contract: jobs may be sent from any thread and any event loop, and
+are done in one: that of whoever runs :meth:`Crew.work`, as child tasks of it; or, for a
+crew that may hire, in a daemon thread that the first job starts. A job never outlives its
+crew, and what it raises goes to whoever waits for it, or else nowhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Any, Generic, TypeVar
+
+import anyio
+from anyio.abc import TaskGroup
+
+from .forks import forget_in_child
+from .logs.own import report
+from .loops import Announcer, current_loop, post
+
+__all__ = ["Crew", "Job"]
+
+T = TypeVar("T")
+
+
+class Job(Generic[T]):
+    """Something that a crew does; see :meth:`Crew.send`."""
+
+    def __init__(self, function: Callable[[], Awaitable[T]]) -> None:
+        self._function = function
+        self._scope: anyio.CancelScope | None = None
+        self._loop: Any = None
+        self._is_cancelled = False
+        self._ended = Announcer()
+        self._outcome: Callable[[], T] | None = None
+        self._when_ended: Callable[[], object] | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        return self._outcome is not None
+
+    def cancel(self) -> None:
+        """Have it cancelled, soon; from any thread."""
+        self._is_cancelled = True
+        scope = self._scope
+        if scope is not None:
+            post(self._loop, scope.cancel)
+
+    def when_ended(self, function: Callable[[], object]) -> None:
+        """Have ``function`` called when it has ended, in the loop of the crew; or now."""
+        self._when_ended = function
+        if self.has_ended:
+            self._tell()
+
+    async def wait(self) -> T:
+        """Wait for its end, in any event loop; return what it returned.
+
+        :raises CrewGoneError: if it was cancelled, or its crew was
+        """
+        await self._ended.wait_until(lambda: self.has_ended)
+        assert self._outcome is not None
+        return self._outcome()
+
+    async def do(self) -> None:
+        self._loop = current_loop()
+        try:
+            with anyio.CancelScope() as self._scope:
+                if not self._is_cancelled:
+                    value = await self._function()
+                    self._end(lambda: value)
+        except Exception as exc:  # noqa: BLE001 - raised where it is waited for
+            error = exc
+            self._end(lambda: _raise(error))
+        finally:
+            self.drop()
+
+    def drop(self) -> None:
+        """Tell whoever waits that it will not be done; does nothing if it was."""
+        if not self.has_ended:
+            self._end(lambda: _raise(CrewGoneError()))
+
+    def _end(self, outcome: Callable[[], T]) -> None:
+        self._outcome = outcome
+        self._ended.announce()
+        self._tell()
+
+    def _tell(self) -> None:
+        tell, self._when_ended = self._when_ended, None
+        if tell is not None:
+            tell()
+
+
+class CrewGoneError(Exception):
+    """A job was not done to its end."""
+
+
+def _raise(exc: BaseException) -> Any:
+    raise exc
+
+
+class Crew:
+    """Does jobs in one event loop.
+
+    :param may_hire: whether a job may start a thread for the crew, where nobody runs
+        :meth:`work`
+    """
+
+    def __init__(self, *, may_hire: bool = False) -> None:
+        self._may_hire = may_hire
+        self._lock = threading.RLock()
+        self._loop: Any = None
+        self._tasks: TaskGroup | None = None
+        self._waiting: deque[Job[Any]] = deque()
+        self._doing: set[Job[Any]] = set()
+        self._changed = Announcer()
+        self._thread: threading.Thread | None = None
+        self._is_dismissed = False
+        forget_in_child(self)
+
+    @property
+    def loop(self) -> Any:
+        """The event loop that it works in, or None."""
+        return self._loop
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._doing or self._waiting)
+
+    def send(self, function: Callable[[], Awaitable[T]]) -> Job[T] | None:
+        """Have ``function`` called and awaited; from any thread.
+
+        :return: the job; None if there is nobody to do it
+        """
+        job = Job(function)
+        with self._lock:
+            if self._is_dismissed:
+                return None
+            if self._loop is None and not self._hire():
+                return None
+            self._waiting.append(job)
+        if self._loop is None:
+            return job  # the thread is about to begin
+        if self._loop is current_loop():
+            self._begin_waiting()
+        elif not post(self._loop, self._begin_waiting):
+            self._drop_all()
+            return None
+        return job
+
+    async def work(self) -> None:
+        """Do what is sent, until it is cancelled."""
+        try:
+            async with anyio.create_task_group() as tasks:
+                with self._lock:
+                    self._loop, self._tasks = current_loop(), tasks
+                self._changed.announce()
+                self._begin_waiting()
+                await anyio.sleep_forever()
+        finally:
+            with self._lock:
+                self._loop = self._tasks = None
+            self._drop_all()
+
+    async def wait_at_work(self) -> None:
+        """Wait until :meth:`work` has begun."""
+        await self._changed.wait_until(lambda: self._tasks is not None)
+
+    async def settle(self, within: float) -> None:
+        """Wait until nothing is left to do, or time is up."""
+        with anyio.move_on_after(within):
+            await self._changed.wait_until(lambda: not self.is_busy)
+
+    def block_until_settled(self, within: float) -> None:
+        """The same for a thread: blocks it."""
+        if self._loop is None or self._loop is not current_loop():
+            self._changed.block_until(lambda: not self.is_busy, within)
+
+    def dismiss(self) -> None:
+        """Take no more jobs, and end the thread, if there is one; from any thread."""
+        with self._lock:
+            self._is_dismissed = True
+            loop, tasks = self._loop, self._tasks
+        if self._thread is not None and tasks is not None:
+            post(loop, tasks.cancel_scope.cancel)
+
+    def forget(self) -> None:
+        """In a forked child: whoever worked is not there."""
+        self._lock = threading.RLock()
+        self._loop = self._tasks = self._thread = None
+        self._waiting.clear()
+        self._doing.clear()
+
+    def _hire(self) -> bool:
+        if not self._may_hire:
+            return False
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(
+                target=self._work_alone, name="stepflow-runtime crew", daemon=True
+            )
+            self._thread.start()
+        return True
+
+    def _work_alone(self) -> None:
+        async def work() -> None:
+            with anyio.CancelScope():
+                await self.work()
+
+        try:
+            anyio.run(work)
+        except BaseException as exc:  # noqa: BLE001 - nobody else would hear of it
+            report(logging.ERROR, "the crew of a client broke down", exc=exc)
+
+    def _begin_waiting(self) -> None:
+        while self._waiting and (tasks := self._tasks) is not None:
+            job = self._waiting.popleft()
+            self._doing.add(job)
+            try:
+                tasks.start_soon(self._do, job)
+            except RuntimeError:  # it is on its way out
+                self._end(job)
+
+    async def _do(self, job: Job[Any]) -> None:
+        try:
+            await job.do()
+        finally:
+            self._end(job)
+
+    def _end(self, job: Job[Any]) -> None:
+        job.drop()
+        self._doing.discard(job)
+        self._changed.announce()
+
+    def _drop_all(self) -> None:
+        while self._waiting:
+            self._waiting.popleft().drop()
+        for job in tuple(self._doing):
+            self._end(job)

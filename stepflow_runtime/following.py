@@ -1,0 +1,183 @@
+"""Following a run: the server's stream of events, and what keeps it whole.
+
+Contract: every event once, in order, over as many connections as it takes. Several events
+may share a sequence number, and the server resumes *with* the one it is asked for; so the
+follower keeps what it has seen of the last number, and skips that much.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Final, Self
+
+import anyio
+import msgspec
+
+from . import wire
+from .errors import ConnectionLostError, UnsupportedServerError
+from .events import RunCompleted, RunEvent
+from .executor import RunInfo
+from .transport import Stream
+
+__all__ = ["EventFollower"]
+
+# How often in a row a connection may bring nothing new before it is given up, and the
+# seconds before each new one.
+_PAUSES: Final = (0.0, 0.1, 0.5, 1.0, 2.0, 4.0)
+
+# The longest line that is taken in: a result travels in one, and requests end at 250 MiB.
+_LONGEST_LINE: Final = 256 * 1024 * 1024
+
+
+class EventFollower(AsyncIterator[RunEvent]):
+    """The iterator of ``events``; see there.
+
+    :param connect: opens the stream from a sequence number on
+    :param look: tells how the run stands
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[int], Awaitable[Stream]],
+        look: Callable[[], Awaitable[RunInfo]],
+        run_id: str,
+        since: int,
+    ) -> None:
+        self._connect = connect
+        self._look = look
+        self._run_id = run_id
+        self._since = since
+        self._lines = _Lines()
+        self._seen_of_last: Counter[bytes] = Counter()
+        self._to_skip: Counter[bytes] = Counter()
+        self._failures = 0
+        self._was_over = False
+        self._is_over = False
+        weakref.finalize(self, self._lines.close).atexit = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> RunEvent:
+        """The next event. Cancelled, it loses none: the next call goes on."""
+        while not self._is_over:
+            try:
+                if not self._lines.is_open:
+                    await self._reconnect()
+                line = await self._lines.next()
+            except ConnectionLostError:
+                self._lines.close()
+                self._failures += 1
+                if self._failures > len(_PAUSES):
+                    raise
+                continue
+            if line is None:
+                self._lines.close()
+                self._failures += 1
+                if self._failures > len(_PAUSES):
+                    raise ConnectionLostError(
+                        f"the events of run {self._run_id} end before the run does"
+                    )
+            elif line.startswith(b"data:"):
+                if (event := self._take(line)) is not None:
+                    return event
+            elif line.startswith(b":"):
+                await self._look_whether_over()
+        raise StopAsyncIteration
+
+    def close(self) -> None:
+        """Close the connection, and yield no more; from any thread."""
+        self._is_over = True
+        self._lines.close()
+
+    async def aclose(self) -> None:
+        self.close()
+
+    async def _reconnect(self) -> None:
+        if self._failures:
+            await anyio.sleep(_PAUSES[self._failures - 1])
+        self._to_skip = Counter(self._seen_of_last)
+        self._lines.open(await self._connect(self._since))
+
+    def _take(self, line: bytes) -> RunEvent | None:
+        data = line[5:].strip()
+        try:
+            event = wire.event(wire.decode_event(data))
+        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+            raise UnsupportedServerError(
+                f"an event of run {self._run_id} is not of the shape that this library "
+                f"knows: {exc}",
+                status=200,
+                run_id=self._run_id,
+            ) from exc
+        if event.sequence_number == self._since and self._to_skip[data]:
+            self._to_skip[data] -= 1
+            return None
+        if event.sequence_number != self._since:
+            self._since = event.sequence_number
+            self._seen_of_last.clear()
+        self._seen_of_last[data] += 1
+        self._failures = 0
+        if isinstance(event, RunCompleted) and event.run_id == self._run_id:
+            self.close()
+        return event
+
+    async def _look_whether_over(self) -> None:
+        """A keep-alive: nothing has happened for some seconds.
+
+        A run that was cancelled need not come to a ``RunCompleted``, and nothing follows
+        after the last event. Only a second one in a row counts: events may be under way.
+        """
+        is_over = (await self._look()).has_ended
+        if is_over and self._was_over:
+            self.close()
+        self._was_over = is_over
+
+
+class _Lines:
+    """The lines of a stream. Apart from the follower, which it must not keep alive."""
+
+    def __init__(self) -> None:
+        self._stream: Stream | None = None
+        self._lines: deque[bytes] = deque()
+        self._rest: list[bytes] = []
+        self._length = 0
+
+    @property
+    def is_open(self) -> bool:
+        return self._stream is not None
+
+    def open(self, stream: Stream) -> None:
+        self._stream = stream
+
+    def close(self) -> None:
+        stream, self._stream = self._stream, None
+        self._lines.clear()
+        self._rest.clear()
+        self._length = 0
+        if stream is not None:
+            stream.close()
+
+    async def next(self) -> bytes | None:
+        """The next line that is not empty; None at the end."""
+        while not self._lines:
+            stream = self._stream
+            if stream is None or not (data := await stream.receive()):
+                return None
+            self._feed(data)
+        return self._lines.popleft()
+
+    def _feed(self, data: bytes) -> None:
+        first, *others = data.split(b"\n")
+        self._rest.append(first)
+        self._length += len(first)
+        if self._length > _LONGEST_LINE:
+            raise ConnectionLostError(f"a line of more than {_LONGEST_LINE} bytes")
+        if not others:
+            return
+        *whole, last = [b"".join(self._rest), *others]
+        self._lines.extend(line for line in whole if line.strip())
+        self._rest = [last]
+        self._length = len(last)
