@@ -20,7 +20,6 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from hashlib import sha256
 from typing import Any, Final, NoReturn, TypeVar, TypeVarTuple, Unpack
-from urllib.parse import quote
 
 import anyio
 import anyio.lowlevel
@@ -28,16 +27,26 @@ import anyio.to_thread
 import msgspec
 
 from . import flows, wire
+from .arguments import (
+    as_batch,
+    as_header,
+    as_input,
+    as_inputs,
+    as_overrides,
+    as_segment,
+    as_variables,
+    check_count,
+    check_max_concurrent,
+    check_text,
+    check_timeout,
+)
 from .crew import Crew
 from .errors import (
-    AccessDeniedError,
     ApiError,
-    ConflictError,
     InvalidFlowError,
     InvalidRequestError,
     NotFoundError,
     RunTimeoutError,
-    ServerFaultError,
     StepflowError,
     UnrepresentableValueError,
     UnsupportedServerError,
@@ -60,6 +69,7 @@ from .executor import (
 from .following import EventFollower
 from .logs.entry import LogEntry
 from .many import RunMany
+from .refusals import refusal
 from .representable import representable
 from .transport import NO_HEADERS, Heir, Response, Stream
 
@@ -93,9 +103,6 @@ _REMEMBERED_FLOWS: Final = 1000
 _COUNTED_ITEMS: Final = 100
 _COUNTING_PATIENCE: Final = 5.0
 
-# What the server can count to, where it counts items.
-_MOST_AT_ONCE: Final = 2**32 - 1
-
 # Blobs are not taken through a protobuf, which knows no integers.
 _BLOB_INTEGERS: Final = (-(2**63), 2**64 - 1)
 
@@ -114,8 +121,8 @@ class ApiExecutor(ABC):
 
     @property
     @abstractmethod
-    def _generation(self) -> int:
-        """Changes when the server may have lost what it had stored."""
+    def _generation(self) -> int | None:
+        """Changes when the server may have lost what it had stored; None if none is there."""
 
     @abstractmethod
     async def _request(
@@ -128,11 +135,13 @@ class ApiExecutor(ABC):
         held: float = 0.0,
         heir: Heir | None = None,
         repeatable: bool = False,
+        generation: int | None = None,
     ) -> Response:
         """As :meth:`~stepflow_runtime.transport.Transport.request`.
 
         :param repeatable: whether it may be sent again, if nobody knows whether it arrived,
             even to a server that has lost what it had stored
+        :param generation: makes sense only to the server that this was the generation of
         """
 
     @abstractmethod
@@ -187,7 +196,7 @@ class ApiExecutor(ABC):
         once and has the run cancelled on the server, which in Stepflow 0.13 marks it as
         cancelled and lets its steps go on to their end.
         """
-        inputs = [representable(input, name="input")]
+        inputs = [as_input(input)]
         with _time_limit(timeout) as limit:
             answer = await self.__create(
                 flow,
@@ -197,16 +206,18 @@ class ApiExecutor(ABC):
                 variables_from_env=variables_from_env,
                 wait=_FIRST_WAIT,
             )
+            generation = self._generation
             summary = answer.summary
             results: Sequence[Any] = answer.results
             if not summary.has_ended:
                 limit.run_id = summary.run_id
                 try:
-                    summary = (await self.__wait_for_end(summary.run_id)).summary
+                    details = await self.__wait_for_end(summary.run_id, generation)
+                    summary = details.summary
                 except anyio.get_cancelled_exc_class():
                     self.__have_cancelled(summary.run_id)
                     raise
-                results = await self.__items(summary.run_id)
+                results = await self.__items(summary.run_id, generation)
             result = wire.flow_result(summary, results[0] if results else None)
             if result.is_failed:
                 (result,) = await self.__with_reasons([result])
@@ -227,7 +238,7 @@ class ApiExecutor(ABC):
         Takes what :meth:`run` takes, and raises what it raises; but ``timeout`` is for the
         server to take the run. Cancelled while it is being taken, it is cancelled there.
         """
-        inputs = [representable(input, name="input")]
+        inputs = [as_input(input)]
         with _time_limit(timeout):
             answer = await self.__create(
                 flow,
@@ -252,13 +263,14 @@ class ApiExecutor(ABC):
         """
         with _time_limit(timeout, "is not over yet") as limit:
             limit.run_id = run_id
-            details = await self.__wait_for_end(run_id)
+            details = await self.__wait_for_end(run_id, self._generation)
+            generation = self._generation
             if details.summary.items.total > 1:
                 raise ValueError(
                     f"run {run_id} is a batch of {details.summary.items.total} items: "
                     "get_batch() has their results"
                 )
-            items = await self.__items(run_id)
+            items = await self.__items(run_id, generation)
             result = wire.flow_result(details.summary, items[0] if items else None)
             (result,) = await self.__with_reasons([result], details)
             return result
@@ -284,11 +296,8 @@ class ApiExecutor(ABC):
 
         The rest is as for :meth:`submit`.
         """
-        _check_max_concurrent(max_concurrent)
-        items = _as_list(inputs)
-        if not items:
-            raise ValueError("inputs is empty: a batch needs at least one")
-        items = representable(items, name="inputs", depth=_DEEPEST + 1)
+        check_max_concurrent(max_concurrent)
+        items = as_batch(inputs)
         with _time_limit(timeout):
             answer = await self.__create(
                 flow,
@@ -323,13 +332,15 @@ class ApiExecutor(ABC):
         with _time_limit(timeout, "is not over yet") as limit:
             limit.run_id = batch_id
             if wait:
-                details = await self.__wait_for_end(batch_id)
+                details = await self.__wait_for_end(batch_id, self._generation)
             else:
                 details = await self.__details(batch_id)
+            generation = self._generation
             summary = details.summary
             if not include_results:
                 return wire.run_info(summary), []
-            items = {each.item_index: each for each in await self.__items(batch_id)}
+            found = await self.__items(batch_id, generation)
+            items = {each.item_index: each for each in found}
             results = [
                 wire.flow_result(summary, items.get(index))
                 if index in items
@@ -366,7 +377,7 @@ class ApiExecutor(ABC):
         The iteration raises what :meth:`run` raises, and ends with that. The rest is as
         for :meth:`run`.
         """
-        _check_max_concurrent(max_concurrent)
+        check_max_concurrent(max_concurrent)
         run = partial(
             self.run,
             flow,
@@ -375,7 +386,7 @@ class ApiExecutor(ABC):
             variables_from_env=variables_from_env,
             timeout=timeout,
         )
-        return RunMany(run, _as_iterable(inputs), max_concurrent, self.__crew)
+        return RunMany(run, as_inputs(inputs), max_concurrent, self.__crew)
 
     async def cancel(self, run_id: str) -> RunInfo:
         """Cancel a run, and return how it stands then.
@@ -387,7 +398,7 @@ class ApiExecutor(ABC):
 
         :raises NotFoundError: if the server does not know the run
         """
-        path = f"/runs/{_segment('run_id', run_id)}"
+        path = f"/runs/{as_segment('run_id', run_id)}"
         info = await self.get_run(run_id)
         if info.has_ended:
             return info
@@ -406,7 +417,7 @@ class ApiExecutor(ABC):
 
         :raises NotFoundError: if the server does not know the run
         """
-        path = f"/runs/{_segment('run_id', run_id)}"
+        path = f"/runs/{as_segment('run_id', run_id)}"
         found = await self.__ask(wire.decode_summary, "GET", path, run_id=run_id)
         return wire.run_info(found.summary)
 
@@ -441,7 +452,7 @@ class ApiExecutor(ABC):
             ("offset", offset),
         ):
             if number is not None:
-                _check_count(name, number, least=0)
+                check_count(name, number, least=0)
         filters = wire.query(
             status=None if status is None else status.value,
             flowName=flow_name,
@@ -464,8 +475,8 @@ class ApiExecutor(ABC):
         :raises NotFoundError: if the server does not know the run
         """
         if item_index is not None:
-            _check_count("item_index", item_index, least=0)
-        path = f"/runs/{_segment('run_id', run_id)}"
+            check_count("item_index", item_index, least=0)
+        path = f"/runs/{as_segment('run_id', run_id)}"
         filters = wire.query(itemIndex=item_index)
         found = await self.__ask(
             wire.decode_run_steps, "GET", f"{path}/steps{filters}", run_id=run_id
@@ -497,7 +508,7 @@ class ApiExecutor(ABC):
         The rest is as for :meth:`get_result`. To stop reading needs no closing;
         ``contextlib.aclosing`` closes the connection at once.
         """
-        _check_count("since", since, least=0)
+        check_count("since", since, least=0)
         parameters = wire.query(
             # The server wants the id again.
             runId=run_id,
@@ -507,7 +518,7 @@ class ApiExecutor(ABC):
         return EventFollower(
             partial(
                 self.__event_stream,
-                f"/runs/{_segment('run_id', run_id)}/events{parameters}",
+                f"/runs/{as_segment('run_id', run_id)}/events{parameters}",
                 run_id,
             ),
             partial(self.get_run, run_id),
@@ -523,7 +534,7 @@ class ApiExecutor(ABC):
         :raises NotFoundError: if the server does not know the run
         :raises ConflictError: if it is not over
         """
-        path = f"/runs/{_segment('run_id', run_id)}"
+        path = f"/runs/{as_segment('run_id', run_id)}"
         await self.__ask(
             wire.decode_nothing, "DELETE", path, repeatable=True, run_id=run_id
         )
@@ -559,7 +570,7 @@ class ApiExecutor(ABC):
         :raises NotFoundError: if there is no flow of this id
         """
         flow_id, _ = await self.__store(flow)
-        path = f"/flows/{_segment('flow', flow_id)}/variables"
+        path = f"/flows/{as_segment('flow', flow_id)}/variables"
         found = await self.__ask(
             wire.decode_flow_variables, "GET", path, repeatable=True, flow_id=flow_id
         )
@@ -589,11 +600,11 @@ class ApiExecutor(ABC):
         :raises UnrepresentableValueError: if it would not arrive as it is
         """
         if filename is not None:
-            _check_text("filename", filename)
+            check_text("filename", filename)
         if isinstance(data, bytes | bytearray | memoryview):
             headers = {"content-type": "application/octet-stream"}
             if filename is not None:
-                headers["x-blob-filename"] = _header("filename", filename)
+                headers["x-blob-filename"] = as_header("filename", filename)
             body = bytes(data)
         elif data is None:
             raise UnrepresentableValueError(
@@ -618,7 +629,7 @@ class ApiExecutor(ABC):
 
         :raises NotFoundError: if there is none
         """
-        path = f"/blobs/{_segment('blob_id', blob_id)}"
+        path = f"/blobs/{as_segment('blob_id', blob_id)}"
         found = await self.__ask(
             wire.decode_blob, "GET", path, repeatable=True, blob_id=blob_id
         )
@@ -631,7 +642,7 @@ class ApiExecutor(ABC):
             repeatable=True,
         )
         if response.status >= 300:
-            raise _refusal(response, "GET", path, {"blob_id": blob_id})
+            raise refusal(response, "GET", path, {"blob_id": blob_id})
         return response.body
 
     async def health(self) -> Health:
@@ -707,12 +718,15 @@ class ApiExecutor(ABC):
         answer = await self.__decoded(
             wire.decode_stored_flow, response, "POST", path, {}
         )
-        return ValidationResult(
-            flow_id=answer.flow_id, diagnostics=tuple(answer.findings())
-        )
+        findings = answer.findings()
+        if flow.is_empty:
+            # The server would run it, and return null.
+            message = "this workflow is empty: it has neither steps nor an output"
+            findings.insert(0, Diagnostic("fatal", message))
+        return ValidationResult(flow_id=answer.flow_id, diagnostics=tuple(findings))
 
     async def __document(self, flow_id: FlowId) -> dict[str, Any]:
-        path = f"/flows/{_segment('flow', flow_id)}"
+        path = f"/flows/{as_segment('flow', flow_id)}"
         found = await self.__ask(
             wire.decode_flow, "GET", path, repeatable=True, flow_id=flow_id
         )
@@ -748,8 +762,8 @@ class ApiExecutor(ABC):
         wait: int = 0,
     ) -> wire.RunAnswer:
         """Start a run. Whoever is cancelled in here has it cancelled on the server."""
-        overrides = _checked_overrides(overrides)
-        variables = _checked_variables(variables)
+        overrides = as_overrides(overrides)
+        variables = as_variables(variables)
         while True:
             flow_id, was_known = await self.__store(flow)
             body = wire.run_request(
@@ -783,7 +797,7 @@ class ApiExecutor(ABC):
                 raise
 
     async def __explain_overrides(
-        self, flow_id: FlowId, overrides: Mapping[str, Any], refusal: ApiError
+        self, flow_id: FlowId, overrides: Mapping[str, Any], cause: ApiError
     ) -> None:
         """The server says no more than that it "failed to apply workflow overrides"."""
         try:
@@ -795,30 +809,40 @@ class ApiExecutor(ABC):
             raise InvalidRequestError(
                 f"overrides: this workflow has no step {', '.join(map(repr, unknown))}; "
                 f"it has {', '.join(map(repr, steps))}",
-                status=refusal.status,
-                code=refusal.code,
-                reason=refusal.reason,
+                status=cause.status,
+                code=cause.code,
+                reason=cause.reason,
                 flow_id=flow_id,
-            ) from refusal
+            ) from cause
 
-    async def __wait_for_end(self, run_id: str) -> wire.RunDetails:
-        path = f"/runs/{_segment('run_id', run_id)}"
+    async def __wait_for_end(
+        self, run_id: str, generation: int | None
+    ) -> wire.RunDetails:
+        path = f"/runs/{as_segment('run_id', run_id)}"
         path += wire.query(wait=True, timeoutSecs=_NEXT_WAIT)
         while True:
             details = await self.__ask(
-                wire.decode_run_details, "GET", path, held=_NEXT_WAIT, run_id=run_id
+                wire.decode_run_details,
+                "GET",
+                path,
+                held=_NEXT_WAIT,
+                generation=generation,
+                run_id=run_id,
             )
+            generation = generation or self._generation
             if details.summary.has_ended:
                 return details
             await anyio.sleep(_STILL_RUNNING_PAUSE)
 
     async def __details(self, run_id: str) -> wire.RunDetails:
-        path = f"/runs/{_segment('run_id', run_id)}"
+        path = f"/runs/{as_segment('run_id', run_id)}"
         return await self.__ask(wire.decode_run_details, "GET", path, run_id=run_id)
 
-    async def __items(self, run_id: str) -> Sequence[Any]:
-        path = f"/runs/{_segment('run_id', run_id)}/items"
-        found = await self.__ask(wire.decode_run_items, "GET", path, run_id=run_id)
+    async def __items(self, run_id: str, generation: int | None) -> Sequence[Any]:
+        path = f"/runs/{as_segment('run_id', run_id)}/items"
+        found = await self.__ask(
+            wire.decode_run_items, "GET", path, generation=generation, run_id=run_id
+        )
         return found.results
 
     def __have_cancelled(self, run_id: str) -> None:
@@ -849,7 +873,7 @@ class ApiExecutor(ABC):
         about = {"run_id": run_id}
         if stream.status < 300:
             await self.__refuse_version(response, "not a stream of events", about)
-        raise _refusal(response, "GET", path.partition("?")[0], about)
+        raise refusal(response, "GET", path.partition("?")[0], about)
 
     # -- why a run failed ----------------------------------------------------------
 
@@ -923,6 +947,7 @@ class ApiExecutor(ABC):
         held: float = 0.0,
         heir: Heir | None = None,
         repeatable: bool = False,
+        generation: int | None = None,
         **about: str,
     ) -> T:
         """Send a request; return the value in its answer.
@@ -938,6 +963,7 @@ class ApiExecutor(ABC):
             held=held,
             heir=heir,
             repeatable=repeatable,
+            generation=generation,
         )
         return await self.__decoded(decode, response, method, path, about)
 
@@ -950,7 +976,7 @@ class ApiExecutor(ABC):
         about: Mapping[str, str],
     ) -> T:
         if response.status >= 300:
-            raise _refusal(response, method, path, about)
+            raise refusal(response, method, path, about)
         try:
             return decode(response.body)
         except (msgspec.DecodeError, UnicodeDecodeError) as exc:
@@ -989,13 +1015,13 @@ class _Stored:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._ids: dict[tuple[int, _FlowKey], FlowId] = {}
+        self._ids: dict[tuple[int | None, _FlowKey], FlowId] = {}
         self._env_names: dict[FlowId, Mapping[str, str]] = {}
 
-    def get(self, generation: int, key: _FlowKey) -> FlowId | None:
+    def get(self, generation: int | None, key: _FlowKey) -> FlowId | None:
         return self._ids.get((generation, key))
 
-    def remember(self, generation: int, key: _FlowKey, flow_id: FlowId) -> None:
+    def remember(self, generation: int | None, key: _FlowKey, flow_id: FlowId) -> None:
         with self._lock:
             _make_room(self._ids)
             self._ids[generation, key] = flow_id
@@ -1019,93 +1045,7 @@ def _make_room(remembered: dict[Any, Any]) -> None:
         del remembered[next(iter(remembered))]
 
 
-# -- arguments ---------------------------------------------------------------------------
-
-# How deep the server reads JSON, less what a request puts around a value.
-_DEEPEST: Final = 125
-_DEEPEST_OVERRIDE: Final = 123
-
-
-def _checked_overrides(overrides: object) -> Mapping[str, Any] | None:
-    if overrides is None:
-        return None
-    if not isinstance(overrides, Mapping):
-        raise TypeError(
-            "overrides must be a mapping of step ids to properties, like "
-            f'{{"step1": {{"input": ...}}}}, not {type(overrides).__name__}'
-        )
-    for step, properties in overrides.items():
-        if not isinstance(properties, Mapping):
-            raise TypeError(
-                f"overrides[{step!r}] must be a mapping of the step's properties, like "
-                f'{{"input": ...}}, not {type(properties).__name__}'
-            )
-    checked: Mapping[str, Any] = representable(
-        overrides, name="overrides", depth=_DEEPEST_OVERRIDE + 1
-    )
-    return checked
-
-
-def _checked_variables(variables: object) -> Mapping[str, Any] | None:
-    if variables is None:
-        return None
-    if not isinstance(variables, Mapping):
-        raise TypeError(
-            "variables must be a mapping of names to values, not "
-            f"{type(variables).__name__}"
-        )
-    checked: Mapping[str, Any] = representable(
-        variables, name="variables", depth=_DEEPEST + 1
-    )
-    return checked
-
-
-def _as_iterable(inputs: object) -> Iterable[Any]:
-    if isinstance(inputs, str | bytes | Mapping) or not isinstance(inputs, Iterable):
-        raise TypeError(
-            "inputs must be a list of inputs, or another iterable, not "
-            f"{type(inputs).__name__}"
-        )
-    return inputs
-
-
-def _as_list(inputs: object) -> list[Any]:
-    return list(_as_iterable(inputs))
-
-
-def _check_max_concurrent(number: object) -> None:
-    if number is not None:
-        _check_count("max_concurrent", number, least=1)
-
-
-def _check_count(name: str, number: object, *, least: int) -> None:
-    if isinstance(number, bool) or not isinstance(number, int):
-        raise TypeError(f"{name} must be a whole number, not {number!r}")
-    if not least <= number <= _MOST_AT_ONCE:
-        raise ValueError(
-            f"{name} must be from {least} to {_MOST_AT_ONCE}, not {number}"
-        )
-
-
-def _check_text(name: str, value: object) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a string, not {type(value).__name__}")
-    if not value:
-        raise ValueError(f"{name} is empty")
-
-
-def _header(name: str, value: str) -> str:
-    if not (value.isascii() and value.isprintable()):
-        raise ValueError(
-            f"{name}: the server takes only printable ASCII here, not {value!r}"
-        )
-    return value
-
-
-def _segment(name: str, value: object) -> str:
-    """An id as a part of a URL's path."""
-    _check_text(name, value)
-    return quote(str(value), safe="")
+# -- files ------------------------------------------------------------------------------
 
 
 async def _in_thread(function: Callable[[Unpack[Args]], T], *args: *Args) -> T:
@@ -1131,6 +1071,12 @@ def _threads() -> anyio.CapacityLimiter:
         return limiter
 
 
+def _listed(source: str, verdict: ValidationResult) -> str:
+    return "\n  ".join(
+        [f"{source} is not a valid workflow:", *map(str, verdict.errors)]
+    )
+
+
 # -- time --------------------------------------------------------------------------------
 
 
@@ -1150,7 +1096,7 @@ def _time_limit(
     if seconds is None:
         yield limit
         return
-    _check_timeout(seconds)
+    check_timeout(seconds)
     with anyio.move_on_after(seconds) as scope:
         yield limit
     if scope.cancelled_caught:
@@ -1159,57 +1105,3 @@ def _time_limit(
             f"the timeout of {seconds} s is over, and {run} {verdict}",
             run_id=limit.run_id,
         )
-
-
-def _check_timeout(seconds: object) -> None:
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
-        raise TypeError(f"timeout must be a number of seconds or None, not {seconds!r}")
-    if not seconds > 0:
-        raise ValueError(f"timeout must be more than 0 seconds, not {seconds}")
-
-
-# -- errors ------------------------------------------------------------------------------
-
-
-def _refusal(
-    response: Response, method: str, path: str, about: Mapping[str, str]
-) -> ApiError:
-    """The exception for an answer that is an error."""
-    fault = wire.fault_of(response.body)
-    status = response.status
-    reason = fault.message or _REASONS.get(status, "no reason given")
-    return _class_for(status)(
-        f"the server answered {status} to {method} {path.partition('?')[0]}: {reason}",
-        status=status,
-        code=fault.status or None,
-        reason=fault.message,
-        **about,
-    )
-
-
-_REASONS: Final = {
-    401: "credentials are missing or wrong",
-    403: "these credentials are not enough",
-    404: "there is nothing of this id",
-    407: "a proxy wants credentials",
-}
-
-
-def _class_for(status: int) -> type[ApiError]:
-    if status in (401, 403, 407):
-        return AccessDeniedError
-    if status in (404, 410):
-        return NotFoundError
-    if status in (409, 412):
-        return ConflictError
-    if status == 429 or status >= 500:
-        return ServerFaultError
-    if 400 <= status < 500:
-        return InvalidRequestError
-    return ApiError
-
-
-def _listed(source: str, verdict: ValidationResult) -> str:
-    return "\n  ".join(
-        [f"{source} is not a valid workflow:", *map(str, verdict.errors)]
-    )

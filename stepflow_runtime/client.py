@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Final, Self
 from urllib.parse import SplitResult, unquote, urlsplit
 
 import anyio
@@ -22,6 +22,7 @@ from anyio import AsyncContextManagerMixin
 
 from . import wire
 from .api import ApiExecutor
+from .arguments import check_timeout
 from .crew import Crew
 from .errors import ConnectionLostError
 from .groups import quiet_task_group
@@ -86,7 +87,7 @@ class StepflowClient(ApiExecutor, AsyncContextManagerMixin):
         self._address = _Address.of(url)
         crew = Crew(may_hire=True)
         seconds = _TIMEOUT if timeout is None else timeout
-        _check_timeout(seconds)
+        check_timeout(seconds)
         transport = _transport(
             self._address,
             {**self._address.authorization, **_checked_headers(headers)},
@@ -153,8 +154,8 @@ class StepflowClient(ApiExecutor, AsyncContextManagerMixin):
     # -- the way there -------------------------------------------------------------
 
     @property
-    def _generation(self) -> int:
-        return 0  # it keeps what it has stored; if it does not, it says so
+    def _generation(self) -> int | None:
+        return None  # it keeps what it has stored; if it does not, it says so
 
     async def _request(
         self,
@@ -166,6 +167,7 @@ class StepflowClient(ApiExecutor, AsyncContextManagerMixin):
         held: float = 0.0,
         heir: Heir | None = None,
         repeatable: bool = False,
+        generation: int | None = None,
     ) -> Response:
         self._refuse_if_unentered()
         repeatable = repeatable or method == "GET"
@@ -387,10 +389,3 @@ def _is_token(name: str) -> bool:
 
 def _is_field(value: str) -> bool:
     return all(" " <= c != "\x7f" and c <= "\xff" or c == "\t" for c in value)
-
-
-def _check_timeout(seconds: Any) -> None:
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
-        raise TypeError(f"timeout must be a number of seconds or None, not {seconds!r}")
-    if not seconds > 0:
-        raise ValueError(f"timeout must be more than 0 seconds, not {seconds}")

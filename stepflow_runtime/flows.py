@@ -65,10 +65,12 @@ class Flow:
 
     :ivar encoded: the document as JSON
     :ivar source: the file's path, or ``"<mapping>"``
+    :ivar is_empty: whether there is nothing in it to be run
     """
 
     encoded: bytes
     source: str
+    is_empty: bool = False
 
 
 def load(flow: FlowSource) -> Flow:
@@ -205,7 +207,8 @@ def encode(document: Any, source: str) -> Flow:
             f"{source}: a workflow is a mapping, not {type(plain).__name__}",
             source=source,
         )
-    return Flow(wire.encode(plain), source)
+    is_empty = not plain.get("steps") and "output" not in plain
+    return Flow(wire.encode(plain), source, is_empty)
 
 
 # -- what is in a workflow -------------------------------------------------------------

@@ -125,7 +125,7 @@ def _dict(value: dict[Any, Any], left: int, low: int, high: int) -> dict[str, An
         elif kind is bool or child is None:
             continue
         try:
-            new = _value(child, left, low, high)
+            new = _WALKS.get(kind, _value)(child, left, low, high)
         except (_Refused, RecursionError) as exc:
             raise _inside(exc, value, names[key] if names else key) from None
         if new is not child:
@@ -157,7 +157,7 @@ def _list(value: list[Any], left: int, low: int, high: int) -> list[Any]:
         elif kind is bool or child is None:
             continue
         try:
-            new = _value(child, left, low, high)
+            new = _WALKS.get(kind, _value)(child, left, low, high)
         except (_Refused, RecursionError) as exc:
             raise _inside(exc, value, _position(value, child)) from None
         if new is not child:
@@ -166,6 +166,10 @@ def _list(value: list[Any], left: int, low: int, high: int) -> list[Any]:
     if changed is None:
         return value
     return [changed.get(id(child), child) for child in value]
+
+
+# Straight from one container into the next: a level takes one frame of Python's stack.
+_WALKS: dict[Any, Callable[[Any, int, int, int], Any]] = {dict: _dict, list: _list}
 
 
 def _position(value: list[Any], child: Any) -> int:

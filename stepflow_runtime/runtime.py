@@ -386,9 +386,9 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
     # -- calls ---------------------------------------------------------------------
 
     @property
-    def _generation(self) -> int:
+    def _generation(self) -> int | None:
         ready = self._supervisor.ready
-        return 0 if ready is None else ready.incarnation
+        return None if ready is None else ready.incarnation
 
     async def _request(
         self,
@@ -400,9 +400,14 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
         held: float = 0.0,
         heir: Heir | None = None,
         repeatable: bool = False,
+        generation: int | None = None,
     ) -> Response:
         while True:
             ready = await self._wait_ready()
+            if generation is not None and generation != ready.incarnation:
+                loss = await self._supervisor.explain_loss(generation)
+                assert loss is not None
+                raise loss
             try:
                 return await self._transports.of(ready).request(
                     method, path, body, headers=headers, heir=heir
@@ -411,7 +416,8 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
                 loss = await self._supervisor.explain_loss(ready.incarnation)
                 if loss is None:
                     raise
-                if not (repeatable or exc.unsent) or not isinstance(loss, RunLostError):
+                may_wait = repeatable or (exc.unsent and generation is None)
+                if not (may_wait and isinstance(loss, RunLostError)):
                     raise loss from exc
                 # It waits for the next server, as a later request would.
 

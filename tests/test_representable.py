@@ -268,6 +268,7 @@ CONVERTED = [
     (Tagged((1,)), {"type": "point", "someValue": [1], "fresh": [1]}),
     (Tagged(1, 4, unset=5), {"type": "point", "someValue": 1, "withDefault": 4, "unset": 5, "fresh": [1]}),
     (Arrayed((1,)), [7, [1], 3]),
+    (Holder(msgspec.UNSET), {}),
     (Holder(Point(PurePosixPath("a"))), {"some_value": {"x": "a", "_y": 2}}),
     (Model({"a": (1,)}), {"a": [1]}),
     (Model(Model("deep")), "deep"),
@@ -390,7 +391,7 @@ def test_struct_fields_that_equal_an_empty_default_are_omitted() -> None:
         omit_defaults=True,
     )
     for value in (kind(), kind([], {}, ()), kind([1], {"a": 1}, (1,)), kind(a=())):
-        assert representable(value) == msgspec.to_builtins(value)
+        assert representable(value) == msgspec.json.decode(msgspec.json.encode(value))
 
 
 # -- what is refused -------------------------------------------------------------------
@@ -447,33 +448,46 @@ BAD_LEAVES = [
 @pytest.mark.parametrize(
     ("leaf", "words"), BAD_LEAVES, ids=lambda leaf: type(leaf).__name__
 )
+def test_what_would_not_arrive_as_it_is_is_refused(leaf: Any, words: list[str]) -> None:
+    for value, path in [
+        (leaf, "$"),
+        ({"a": [leaf]}, "$.a[0]"),
+        ([1, "é", {"id": leaf}], "$[2].id"),
+        ((deque([leaf]),), "$[0][0]"),
+    ]:
+        error = refusal(value, name="variables")
+        message = str(error)
+        assert error.path == path
+        assert message.startswith(f"variables {path}: ")
+        for word in words:
+            assert word in message
+        assert len(message) < 250
+        assert "\n" not in message
+        message.encode()
+
+
 @pytest.mark.parametrize(
     ("wrap", "path"),
     [
-        (lambda leaf: leaf, "$"),
-        (lambda leaf: {"items": [1, "é", {"id": leaf}]}, "$.items[2].id"),
         (lambda leaf: {"odd key": {"x": leaf}}, '$["odd key"].x'),
         (lambda leaf: {"é": {'"': leaf}}, '$.é["\\""]'),
+        (lambda leaf: {"": {"1": leaf}}, '$[""]["1"]'),
         (lambda leaf: ({"a": 1, Size.SMALL: leaf},), "$[0].S"),
         (lambda leaf: {"a": Point(deque([leaf]))}, "$.a.x[0]"),
         (lambda leaf: {"a": Tagged([leaf])}, "$.a.someValue[0]"),
         (lambda leaf: [Arrayed(leaf)], "$[0][1]"),
         (lambda leaf: [0, 0, Model({"a": leaf})], "$[2].a"),
         (lambda leaf: WithAttrs(UserDict(a=leaf)), "$.x.a"),
+        (lambda leaf: [{leaf}], "$[0][0]"),
     ],
 )
-def test_what_would_not_arrive_as_it_is_is_refused_where_it_stands(
-    leaf: Any, words: list[str], wrap: Any, path: str
+@pytest.mark.parametrize("leaf", [2**53 + 1, float("nan"), "\ud800", 1j])
+def test_the_path_leads_through_whatever_was_converted(
+    leaf: Any, wrap: Any, path: str
 ) -> None:
-    error = refusal(wrap(leaf), name="variables")
-    message = str(error)
+    error = refusal(wrap(leaf))
     assert error.path == path
-    assert message.startswith(f"variables {path}: ")
-    for word in words:
-        assert word in message
-    assert len(message) < len(path) + 250
-    assert "\n" not in message
-    message.encode()
+    assert str(error).startswith(f"input {path}: ")
 
 
 def test_the_message_tells_what_why_and_what_instead() -> None:
@@ -512,6 +526,7 @@ def test_one_bad_leaf_anywhere_is_found_where_it_was_planted(
 def test_the_first_of_two_bad_leaves_is_told() -> None:
     nan = float("nan")
     assert refusal([0, nan, nan]).path == "$[1]"
+    assert refusal([float(2**53 + 2), 2**53 + 2]).path == "$[1]"  # equal, but not it
 
 
 # -- depth and cycles ------------------------------------------------------------------
@@ -538,6 +553,11 @@ def test_an_empty_container_is_one_level(empty: Any) -> None:
 def test_a_scalar_needs_no_depth() -> None:
     assert representable(Colour.RED, depth=0) == "red"
     assert representable(1, depth=0) == 1
+
+
+def test_a_level_costs_no_more_than_one_frame() -> None:
+    fits = nested(700)
+    assert representable(fits, depth=1000) is fits
 
 
 def test_125_levels_are_the_default() -> None:
@@ -615,6 +635,22 @@ class Broken(Mapping[str, int]):
 class BrokenModel(Model):
     def model_dump(self, *, mode: str, by_alias: bool) -> Any:
         raise LookupError("broken")
+
+
+class EndlessModel(Model):
+    def model_dump(self, *, mode: str, by_alias: bool) -> Any:
+        return self.model_dump(mode=mode, by_alias=by_alias)
+
+
+@pytest.mark.parametrize(
+    ("value", "path"), [(EndlessModel(1), "$"), ({"a": [EndlessModel(1)]}, "$.a")]
+)
+def test_but_a_recursion_error_is_a_refusal_near_the_place(
+    value: Any, path: str
+) -> None:
+    error = refusal(value)
+    assert path in error.path
+    assert isinstance(error.__cause__, RecursionError)
 
 
 @pytest.mark.parametrize("value", [Broken(), BrokenModel(1)])

@@ -21,6 +21,8 @@ from stepflow_runtime import (
     RuntimeStoppedError,
     StepflowExecutor,
     StepflowRuntime,
+    UnrepresentableValueError,
+    api,
     wire,
 )
 
@@ -102,7 +104,7 @@ async def test_threads_of_the_program_can_all_wait_for_runs() -> None:
 @each_backend
 async def test_what_cannot_be_sent_is_refused() -> None:
     async with StepflowRuntime.start() as runtime:
-        with pytest.raises(TypeError, match="object cannot be written as JSON"):
+        with pytest.raises(UnrepresentableValueError, match="of type object"):
             await runtime.run(ECHO, object())
         with pytest.raises(TypeError, match=r"overrides\['a'\] must be a mapping"):
             await runtime.run(ECHO, 1, {"a": 5})  # type: ignore[dict-item]
@@ -165,20 +167,17 @@ async def test_a_run_that_outlasts_the_servers_patience_is_waited_for(
 ) -> None:
     """The server answers a waiting request after 300 s though the run goes on."""
 
-    def impatient(*args: Any, **kwargs: Any) -> bytes:
-        return request(*args, **kwargs)[:-1] + b',"timeoutSecs":0}'
-
     def counted(body: bytes) -> wire.RunDetails:
         waits.append(body)
         return decode(body)
 
     waits: list[bytes] = []
-    request, decode = wire.run_request, wire.decode_run_details
-    monkeypatch.setattr(wire, "run_request", impatient)
+    decode = wire.decode_run_details
     monkeypatch.setattr(wire, "decode_run_details", counted)
+    monkeypatch.setattr(api, "_NEXT_WAIT", 1)
     async with StepflowRuntime.start() as runtime:
-        assert (await runtime.run(SLEEP, 300)).unwrap() == {"duration_ms": 300}
-    assert len(waits) == 1
+        assert (await runtime.run(SLEEP, 2500)).unwrap() == {"duration_ms": 2500}
+    assert len(waits) == 2
 
 
 @each_backend

@@ -9,12 +9,10 @@ import anyio
 import pytest
 from anyio.abc import SocketAttribute, SocketStream
 
-from stepflow_runtime import ApiError, ConnectionLostError
-from stepflow_runtime.client import StepflowClient
-from stepflow_runtime.transport import Response
+from stepflow_runtime import ConnectionLostError
 from stepflow_runtime.transport.direct import DirectTransport
 
-from .conftest import ECHO, each_backend
+from .conftest import each_backend
 
 pytestmark = [pytest.mark.anyio, each_backend]
 
@@ -227,82 +225,3 @@ async def test_no_more_connections_than_allowed() -> None:
                 tasks.start_soon(limited.request, "GET", "/")
         await limited.aclose()
     assert most == 3
-
-
-@pytest.mark.parametrize(
-    ("answer", "words"),
-    [
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n", "not of the shape"),
-        (
-            (
-                b"HTTP/1.1 404 Not Found\r\nContent-Length: 42\r\n\r\n"
-                b'{"error":{"message":"gone","status":"NO"}}'
-            ),
-            "404: gone",
-        ),
-        (b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n", "500: no reason given"),
-        (b"HTTP/1.1 415 T\r\nContent-Length: 5\r\n\r\nwords", "415: words"),
-    ],
-)
-async def test_an_answer_that_the_client_did_not_ask_for_is_an_api_error(
-    answer: bytes, words: str
-) -> None:
-    async with serving(answering(answer)) as transport:
-        with pytest.raises(ApiError, match=words) as caught:
-            await StepflowClient(transport).run(ECHO)
-    assert caught.value.status == int(answer[9:12])
-
-
-class Scripted:
-    """A transport that gives its answers in turn; an exception is raised."""
-
-    def __init__(self, *answers: Exception | bytes) -> None:
-        self.answers = list(answers)
-        self.requests: list[str] = []
-
-    async def request(
-        self, method: str, path: str, body: bytes | None = None
-    ) -> Response:
-        self.requests.append(f"{method} {path}")
-        answer = self.answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return Response(200, "application/json", answer)
-
-    async def aclose(self) -> None:
-        pass
-
-
-STORED = (b'{"flowId":"f"}', b'{"blobId":"f"}')
-RUNNING = b'{"summary":{"runId":"r","status":1}}'
-
-
-async def test_a_run_that_was_taken_never_counts_as_unsent() -> None:
-    """Or the call would be made again after a restart, and the run with it."""
-    refused = ConnectionLostError("refused", unsent=True)
-    transport = Scripted(*STORED, RUNNING, refused)
-    with pytest.raises(ConnectionLostError) as caught:
-        await StepflowClient(transport).run(ECHO)
-    assert not caught.value.unsent
-    assert transport.requests[-1] == "GET /api/v1/runs/r?wait=true"
-
-
-async def test_a_paused_run_is_asked_for_with_pauses() -> None:
-    paused = RUNNING.replace(b"1", b"5")
-    ended = RUNNING.replace(b"1", b"2")
-    items = b'{"results":[{"status":2,"output":1.0}]}'
-    client = StepflowClient(Scripted(*STORED, paused, paused, paused, ended, items))
-    began = anyio.current_time()
-    assert (await client.run(ECHO)).output == 1
-    assert anyio.current_time() - began >= 0.3
-
-
-async def test_a_flow_is_stored_once() -> None:
-    ended = b'{"summary":{"runId":"r","status":2},"results":[{"status":2}]}'
-    transport = Scripted(*STORED, ended, ended, *STORED, ended)
-    client = StepflowClient(transport)
-    for flow in (ECHO, dict(ECHO), {**ECHO, "name": "other"}):
-        await client.run(flow)
-    assert [request.rpartition("/")[2] for request in transport.requests] == [
-        *("flows", "blobs", "runs", "runs", "flows", "blobs", "runs")
-    ]
