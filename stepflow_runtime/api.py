@@ -26,7 +26,7 @@ import anyio.lowlevel
 import anyio.to_thread
 import msgspec
 
-from . import flows, wire
+from . import flows, numerals, wire
 from .arguments import (
     as_batch,
     as_header,
@@ -70,7 +70,7 @@ from .following import EventFollower
 from .logs.entry import LogEntry
 from .many import RunMany
 from .refusals import refusal
-from .representable import representable
+from .representable import SIXTY_FOUR_BITS, representable
 from .transport import NO_HEADERS, Heir, Response, Stream
 
 __all__ = ["ApiExecutor"]
@@ -102,9 +102,6 @@ _REMEMBERED_FLOWS: Final = 1000
 # Of a failed run with more items than this nobody reads all events to count attempts.
 _COUNTED_ITEMS: Final = 100
 _COUNTING_PATIENCE: Final = 5.0
-
-# Blobs are not taken through a protobuf, which knows no integers.
-_BLOB_INTEGERS: Final = (-(2**63), 2**64 - 1)
 
 SUPPORTED: Final = "Stepflow 0.12 and 0.13"
 
@@ -612,7 +609,8 @@ class ApiExecutor(ABC):
             )
         else:
             headers = {}
-            value = representable(data, name="data", whole=_BLOB_INTEGERS)
+            value = representable(data, name="data", whole=SIXTY_FOUR_BITS)
+            value = numerals.exactly(value)
             body = wire.data_blob_request(wire.encode(value), filename)
         stored = await self.__ask(
             wire.decode_stored_blob,
@@ -630,11 +628,14 @@ class ApiExecutor(ABC):
         :raises NotFoundError: if there is none
         """
         path = f"/blobs/{as_segment('blob_id', blob_id)}"
-        found = await self.__ask(
-            wire.decode_blob, "GET", path, repeatable=True, blob_id=blob_id
+        response = await self._request("GET", wire.API + path, repeatable=True)
+        found = await self.__decoded(
+            wire.decode_blob, response, "GET", path, {"blob_id": blob_id}
         )
-        if found.blob_type != "binary":
+        if found.blob_type != "binary" and not numerals.may_be_misread(response.body):
             return found.data
+        # As it is stored. As JSON it has no bytes, and its numbers went through the
+        # server's parser once more.
         response = await self._request(
             "GET",
             wire.API + path,
@@ -643,7 +644,9 @@ class ApiExecutor(ABC):
         )
         if response.status >= 300:
             raise refusal(response, "GET", path, {"blob_id": blob_id})
-        return response.body
+        if found.blob_type == "binary":
+            return response.body
+        return msgspec.json.decode(response.body)
 
     async def health(self) -> Health:
         """Ask the server how it is.
@@ -746,7 +749,7 @@ class ApiExecutor(ABC):
                 if each.env_var is not None
             }
             self.__stored.remember_env_names(flow_id, annotated)
-        return {**flows.from_environment(annotated), **(given or {})}
+        return {**numerals.exactly(flows.from_environment(annotated)), **(given or {})}
 
     # -- runs, underneath ----------------------------------------------------------
 

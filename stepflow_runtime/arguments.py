@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 from urllib.parse import quote
 
+from .numerals import exactly
 from .representable import representable
 
 __all__ = [
@@ -36,7 +37,7 @@ _DEEPEST_OVERRIDE: Final = 123
 
 
 def as_input(value: object) -> Any:
-    return representable(value, name="input", depth=_DEEPEST)
+    return exactly(representable(value, name="input", depth=_DEEPEST))
 
 
 def as_batch(inputs: object) -> list[Any]:
@@ -44,7 +45,9 @@ def as_batch(inputs: object) -> list[Any]:
     items = list(as_inputs(inputs))
     if not items:
         raise ValueError("inputs is empty: a batch needs at least one")
-    checked: list[Any] = representable(items, name="inputs", depth=_DEEPEST + 1)
+    checked: list[Any] = exactly(
+        representable(items, name="inputs", depth=_DEEPEST + 1)
+    )
     return checked
 
 
@@ -62,8 +65,8 @@ def as_overrides(overrides: object) -> Mapping[str, Any] | None:
                 f"overrides[{step!r}] must be a mapping of the step's properties, like "
                 f'{{"input": ...}}, not {type(properties).__name__}'
             )
-    checked: Mapping[str, Any] = representable(
-        overrides, name="overrides", depth=_DEEPEST_OVERRIDE + 1
+    checked: Mapping[str, Any] = exactly(
+        representable(overrides, name="overrides", depth=_DEEPEST_OVERRIDE + 1)
     )
     return checked
 
@@ -76,8 +79,8 @@ def as_variables(variables: object) -> Mapping[str, Any] | None:
             "variables must be a mapping of names to values, not "
             f"{type(variables).__name__}"
         )
-    checked: Mapping[str, Any] = representable(
-        variables, name="variables", depth=_DEEPEST + 1
+    checked: Mapping[str, Any] = exactly(
+        representable(variables, name="variables", depth=_DEEPEST + 1)
     )
     return checked
 

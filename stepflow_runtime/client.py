@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import random
 import urllib.request
+import weakref
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
@@ -99,6 +100,8 @@ class StepflowClient(ApiExecutor, AsyncContextManagerMixin):
         self._transport = transport
         self._needs_entering = http_client is not None
         self._is_closed = False
+        # A thread that nobody needs any more.
+        weakref.finalize(self, crew.dismiss).atexit = False
         super().__init__(crew)
 
     @property

@@ -116,6 +116,7 @@ class Crew:
         self._tasks: TaskGroup | None = None
         self._waiting: deque[Job[Any]] = deque()
         self._doing: set[Job[Any]] = set()
+        self._arrived = Announcer()
         self._changed = Announcer()
         self._thread: threading.Thread | None = None
         self._is_dismissed = False
@@ -142,13 +143,8 @@ class Crew:
             if self._loop is None and not self._hire():
                 return None
             self._waiting.append(job)
-        if self._loop is None:
-            return job  # the thread is about to begin
-        if self._loop is current_loop():
-            self._begin_waiting()
-        elif not post(self._loop, self._begin_waiting):
-            self._drop_all()
-            return None
+        # Its own task begins it: tasks cannot be started from a callback, as of a thread.
+        self._arrived.announce()
         return job
 
     async def work(self) -> None:
@@ -156,13 +152,19 @@ class Crew:
         try:
             async with anyio.create_task_group() as tasks:
                 with self._lock:
+                    if self._is_dismissed:
+                        return
                     self._loop, self._tasks = current_loop(), tasks
                 self._changed.announce()
-                self._begin_waiting()
-                await anyio.sleep_forever()
+                try:
+                    while True:
+                        await self._arrived.wait_until(lambda: self._waiting)
+                        self._begin_waiting(tasks)
+                finally:
+                    # What is sent from now on would not be begun.
+                    with self._lock:
+                        self._loop = self._tasks = None
         finally:
-            with self._lock:
-                self._loop = self._tasks = None
             self._drop_all()
 
     async def wait_at_work(self) -> None:
@@ -205,23 +207,16 @@ class Crew:
         return True
 
     def _work_alone(self) -> None:
-        async def work() -> None:
-            with anyio.CancelScope():
-                await self.work()
-
         try:
-            anyio.run(work)
+            anyio.run(self.work)
         except BaseException as exc:  # noqa: BLE001 - nobody else would hear of it
             report(logging.ERROR, "the crew of a client broke down", exc=exc)
 
-    def _begin_waiting(self) -> None:
-        while self._waiting and (tasks := self._tasks) is not None:
+    def _begin_waiting(self, tasks: TaskGroup) -> None:
+        while self._waiting:
             job = self._waiting.popleft()
             self._doing.add(job)
-            try:
-                tasks.start_soon(self._do, job)
-            except RuntimeError:  # it is on its way out
-                self._end(job)
+            tasks.start_soon(self._do, job)
 
     async def _do(self, job: Job[Any]) -> None:
         try:

@@ -285,8 +285,6 @@ class _Refused(Exception):
 
     def _cycle(self) -> tuple[int, int] | None:
         """Where in the trail a container is met first, and where again."""
-        if not self._is_depth:
-            return None
         met: dict[int, int] = {}
         for place in reversed(range(len(self.trail))):
             first = met.setdefault(id(self.trail[place][0]), place)

@@ -249,11 +249,20 @@ def test_a_cancelled_run_is_a_failed_result() -> None:
 
 
 def test_the_request_of_a_run() -> None:
-    body = wire.run_request("f", [1], overrides={"a": {"input": 2}}, variables={"v": 3})
+    body = wire.run_request(
+        "f",
+        [1],
+        overrides={"a": {"input": 2}},
+        variables={"v": 3},
+        max_concurrent=4,
+        wait=5,
+    )
     assert json.loads(body) == {
         "flowId": "f",
         "input": [1],
         "wait": True,
+        "timeoutSecs": 5,
+        "maxConcurrency": 4,
         "overrides": {"steps": {"a": {"value": {"input": 2}}}},
         "variables": {"v": 3},
     }

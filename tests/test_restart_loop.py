@@ -21,6 +21,7 @@ from stepflow_runtime import (
     ServerExit,
     ServerStartError,
 )
+from stepflow_runtime.crew import Crew
 from stepflow_runtime.server.options import Command, ServerOptions
 from stepflow_runtime.server.restart import FRESH_AFTER, MAX_BACKOFF
 from stepflow_runtime.server.supervisor import Supervisor
@@ -78,7 +79,7 @@ class Script:
 
 class _Scripted(Supervisor):
     def __init__(self, script: Script, options: ServerOptions) -> None:
-        super().__init__(options, on_stopping=lambda: None)
+        super().__init__(options, Crew(), on_stopping=lambda: None)
         self._script = script
 
     async def _prepare(self) -> Path:

@@ -130,7 +130,9 @@ class DirectTransport:
         """Have somebody else wait for the answer, and deal with it."""
         if self._crew is not None:
             job = self._crew.send(partial(_inherit, exchange, heir))
-            exchange.is_inherited = job is not None
+            if job is not None:
+                exchange.is_inherited = True
+                job.when_ended(exchange.close)
 
     async def aclose(self) -> None:
         self.close()

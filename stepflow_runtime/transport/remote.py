@@ -150,6 +150,7 @@ class RemoteTransport:
     def forget(self) -> None:
         self._pool = None
         self._under_way.clear()
+        self._changed = Announcer()
         self._has_begun = False
 
     # -- on the caller's side ----------------------------------------------------------
@@ -705,5 +706,5 @@ class _RemoteStream:
 
 
 def _stop(buffer: _Buffer, pump: Job[None]) -> None:
-    pump.cancel()
     buffer.end(ConnectionLostError("the answer was closed before its end"))
+    pump.cancel()
