@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from hashlib import sha256
-from typing import Any, Final, NoReturn, TypeVar, TypeVarTuple, Unpack
+from types import TracebackType
+from typing import Any, Final, NoReturn, Self, TypeVar, TypeVarTuple, Unpack
 
 import anyio
 import anyio.lowlevel
@@ -1083,28 +1084,41 @@ def _listed(source: str, verdict: ValidationResult) -> str:
 # -- time --------------------------------------------------------------------------------
 
 
-class _Limit:
-    run_id: str | None = None
+class _time_limit:
+    """Ends the block after so many seconds; None: never.
 
-
-@contextmanager
-def _time_limit(
-    seconds: float | None, verdict: str = "is being cancelled on the server"
-) -> Iterator[_Limit]:
-    """End the block after so many seconds.
-
+    :ivar run_id: to be set when it is known
     :raises RunTimeoutError: if it was ended
     """
-    limit = _Limit()
-    if seconds is None:
-        yield limit
-        return
-    check_timeout(seconds)
-    with anyio.move_on_after(seconds) as scope:
-        yield limit
-    if scope.cancelled_caught:
-        run = f"run {limit.run_id}" if limit.run_id else "the run"
-        raise RunTimeoutError(
-            f"the timeout of {seconds} s is over, and {run} {verdict}",
-            run_id=limit.run_id,
-        )
+
+    def __init__(
+        self, seconds: float | None, verdict: str = "is being cancelled on the server"
+    ) -> None:
+        if seconds is not None:
+            check_timeout(seconds)
+        self.run_id: str | None = None
+        self._seconds = seconds
+        self._verdict = verdict
+        self._scope: anyio.CancelScope | None = None
+
+    def __enter__(self) -> Self:
+        if self._seconds is not None:
+            self._scope = anyio.move_on_after(self._seconds)
+            self._scope.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._scope is None:
+            return
+        self._scope.__exit__(exc_type, exc, traceback)
+        if self._scope.cancelled_caught:
+            run = f"run {self.run_id}" if self.run_id else "the run"
+            raise RunTimeoutError(
+                f"the timeout of {self._seconds} s is over, and {run} {self._verdict}",
+                run_id=self.run_id,
+            ) from None

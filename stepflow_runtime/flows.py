@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import msgspec
 import yaml
@@ -59,8 +59,7 @@ class FileKey:
     size: int
 
 
-@dataclass(frozen=True)
-class Flow:
+class Flow(NamedTuple):
     """A workflow that is ready to be sent.
 
     :ivar encoded: the document as JSON

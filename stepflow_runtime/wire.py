@@ -104,6 +104,10 @@ _ERROR_CODES = (
 )
 _DIAGNOSTIC_LEVELS = {1: "fatal", 2: "error", 3: "warning"}
 
+# As plain numbers: this is asked in every call.
+_COMPLETED: Final = RunStatus.COMPLETED.value
+_ENDED: Final = frozenset(each.value for each in RunStatus if each.is_final)
+
 _EXACT_INTEGERS = 2**53
 
 
@@ -178,7 +182,7 @@ class _Summary(_Answer, frozen=True):
 
     @property
     def has_ended(self) -> bool:
-        return RunStatus(self.status).is_final
+        return self.status in _ENDED
 
 
 class _Item(_Answer, frozen=True):
@@ -433,18 +437,18 @@ def flow_result(summary: _Summary, item: _Item | None) -> FlowResult:
     The items of a cancelled run stay "running" for ever, so the run's own status has
     the last word on them.
     """
-    run_status = RunStatus(summary.status)
-    status = RunStatus(item.status) if item is not None else run_status
-    if not status.is_final and run_status.is_final:
-        status = run_status
-    index = item.item_index if item is not None else 0
-    if item is not None and status is RunStatus.COMPLETED:
+    if item is not None and item.status == _COMPLETED:
         return FlowResult(
             status=FlowStatus.SUCCESS,
             run_id=summary.run_id,
-            item_index=index,
+            item_index=item.item_index,
             output=item.output,
         )
+    index = 0 if item is None else item.item_index
+    if item is None or (item.status not in _ENDED and summary.has_ended):
+        status = RunStatus(summary.status)
+    else:
+        status = RunStatus(item.status)
     if not status.is_final:
         return FlowResult(
             status=FlowStatus.RUNNING, run_id=summary.run_id, item_index=index

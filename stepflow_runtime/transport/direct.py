@@ -229,9 +229,10 @@ class _Exchange:
 
     async def response(self) -> Response:
         """Wait for the whole answer. To be called again if it was cancelled."""
-        while not self._answer.is_complete:
+        answer = self._answer
+        while not answer.is_complete:
             await self._go_on()
-        return Response(self.status, self.content_type, self._answer.take_body())
+        return Response(answer.status, answer.content_type, answer.take_body())
 
     async def read_head(self) -> None:
         while not self._answer.has_head:
@@ -257,14 +258,14 @@ class _Exchange:
         self.close()
 
     async def _go_on(self) -> None:
-        """Send what is left to be sent, or take in what has come."""
+        """Send what is left to be sent, and take in what comes then."""
         connection = self._connection
         if connection is None:
             raise ConnectionLostError("the answer was closed before its end")
         try:
-            if self._unsent:
+            while self._unsent:
                 self._unsent = await connection.send(self._unsent)
-            elif data := await connection.receive():
+            if data := await connection.receive():
                 self._answer.feed(data)
             else:
                 self._answer.end()
@@ -384,15 +385,12 @@ class _Answer:
         self.is_reusable = False
 
     def _begin(self) -> None:
+        self.status = 0
         self.content_type = ""
         self.has_head = False
         self._body: list[bytes] = []
         self._has_length = False
         self._ends_with_connection = False
-
-    @property
-    def status(self) -> int:
-        return int(self._parser.get_status_code())
 
     def feed(self, data: bytes) -> None:
         self._parser.feed_data(data)
@@ -427,6 +425,7 @@ class _Answer:
             self._has_length = True
 
     def on_headers_complete(self) -> None:
+        self.status = self._parser.get_status_code()
         self._ends_with_connection = not self._has_length
         self.has_head = self.status >= 200
 

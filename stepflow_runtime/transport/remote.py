@@ -2,12 +2,11 @@
 
 Contract: an httpx client belongs to one event loop, so every request is a job of the crew,
 and its caller may be in any loop or thread, and goes at once when it is cancelled. No
-exception of httpx gets out, and no text of one either: they quote headers and proxies'
-URLs, and so credentials. That a request was not sent is claimed only where httpx itself
+exception of httpx gets out, nor any text of one that may quote a header or a proxy's URL,
+and so credentials. That a request was not sent is claimed only where httpx itself
 has told us how far it came.
 
-The module is imported where a remote server is wanted, and by nobody else: httpx takes as
-long to import as all the rest.
+The module is imported only where it is wanted: nothing else in the library needs httpx.
 """
 
 from __future__ import annotations
