@@ -104,8 +104,6 @@ _REMEMBERED_FLOWS: Final = 1000
 _COUNTED_ITEMS: Final = 100
 _COUNTING_PATIENCE: Final = 5.0
 
-SUPPORTED: Final = "Stepflow 0.12 and 0.13"
-
 
 class ApiExecutor(ABC):
     """Runs workflows on a server; how that is reached is for the subclass to say.
@@ -427,7 +425,6 @@ class ApiExecutor(ABC):
         root_run_id: str | None = None,
         parent_run_id: str | None = None,
         roots_only: bool = False,
-        max_depth: int | None = None,
         limit: int | None = None,
         offset: int = 0,
     ) -> list[RunInfo]:
@@ -438,17 +435,12 @@ class ApiExecutor(ABC):
         :param root_run_id: only that run and those that it, and they, have started
         :param parent_run_id: only those that this run has started itself
         :param roots_only: only those that no run has started
-        :param max_depth: only so many levels below their root; 0: only roots
         :param limit: so many at most; None: as many as the server gives
         :param offset: how many to leave out first
         """
         if status is not None and not isinstance(status, RunStatus):
             raise TypeError(f"status must be a RunStatus, not {status!r}")
-        for name, number in (
-            ("max_depth", max_depth),
-            ("limit", limit),
-            ("offset", offset),
-        ):
+        for name, number in (("limit", limit), ("offset", offset)):
             if number is not None:
                 check_count(name, number, least=0)
         filters = wire.query(
@@ -457,7 +449,6 @@ class ApiExecutor(ABC):
             rootRunId=root_run_id,
             parentRunId=parent_run_id,
             rootsOnly=roots_only or None,
-            maxDepth=max_depth,
             limit=limit,
             offset=offset or None,
         )
@@ -658,7 +649,19 @@ class ApiExecutor(ABC):
         found = await self.__ask(wire.decode_health, "GET", "/health", repeatable=True)
         return wire.health(found)
 
-    # -- what a subclass may know more of --------------------------------------------
+    # -- for subclasses --------------------------------------------------------------
+
+    def _refuse_outdated(self, health: Response) -> None:
+        """Refuse a server by its answer to a health request, before it is asked for more.
+
+        :raises UnsupportedServerError: if it is none that is supported
+        """
+        if health.status < 300 and (version := wire.outdated_version(health.body)):
+            raise UnsupportedServerError(
+                f"this server says that its version is {version}; supported are "
+                f"{wire.SUPPORTED}",
+                status=health.status,
+            )
 
     async def _logs_of_failure(self, result: FlowResult) -> tuple[LogEntry, ...]:
         """What the server has logged of a failed run."""
@@ -722,12 +725,13 @@ class ApiExecutor(ABC):
         answer = await self.__decoded(
             wire.decode_stored_flow, response, "POST", path, {}
         )
+        # Its id is not that of the flow as it is stored: it is made of other numbers.
         findings = answer.findings()
         if flow.is_empty:
             # The server would run it, and return null.
             message = "this workflow is empty: it has neither steps nor an output"
             findings.insert(0, Diagnostic("fatal", message))
-        return ValidationResult(flow_id=answer.flow_id, diagnostics=tuple(findings))
+        return ValidationResult(diagnostics=tuple(findings))
 
     async def __document(self, flow_id: FlowId) -> dict[str, Any]:
         path = f"/flows/{as_segment('flow', flow_id)}"
@@ -995,7 +999,7 @@ class ApiExecutor(ABC):
         raise UnsupportedServerError(
             f"the server's answer is not of the shape that this library knows "
             f"({response.content_type or 'no content type'}: {trouble}). {found}; "
-            f"supported are {SUPPORTED}",
+            f"supported are {wire.SUPPORTED}",
             status=response.status,
             **about,
         )

@@ -100,6 +100,7 @@ class StepflowClient(ApiExecutor, AsyncContextManagerMixin):
         self._transport = transport
         self._needs_entering = http_client is not None
         self._is_closed = False
+        self._is_known = False
         # A thread that nobody needs any more.
         weakref.finalize(self, crew.dismiss).atexit = False
         super().__init__(crew)
@@ -173,7 +174,29 @@ class StepflowClient(ApiExecutor, AsyncContextManagerMixin):
         generation: int | None = None,
     ) -> Response:
         self._refuse_if_unentered()
-        repeatable = repeatable or method == "GET"
+        await self._refuse_if_outdated()
+        return await self._repeated(
+            method,
+            path,
+            body,
+            headers=headers,
+            held=held,
+            heir=heir,
+            repeatable=repeatable or method == "GET",
+        )
+
+    async def _repeated(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        headers: Mapping[str, str] = NO_HEADERS,
+        held: float = 0.0,
+        heir: Heir | None = None,
+        repeatable: bool = False,
+    ) -> Response:
+        """Send it, and send it again while that is safe and may help."""
         for pause in _PAUSES:
             try:
                 response = await self._transport.request(
@@ -202,7 +225,16 @@ class StepflowClient(ApiExecutor, AsyncContextManagerMixin):
 
     async def _open_stream(self, path: str) -> Stream:
         self._refuse_if_unentered()
+        await self._refuse_if_outdated()
         return await self._transport.stream(self._address.prefix + path)
+
+    async def _refuse_if_outdated(self) -> None:
+        """Look once: an older server would take runs whose results nobody can read."""
+        if not self._is_known:
+            self._refuse_outdated(
+                await self._repeated("GET", wire.HEALTH, repeatable=True)
+            )
+            self._is_known = True
 
     def _refuse_if_unentered(self) -> None:
         if self._needs_entering:

@@ -183,11 +183,9 @@ class Diagnostic(msgspec.Struct, frozen=True):
 class ValidationResult(msgspec.Struct, frozen=True, kw_only=True):
     """What the server thinks of a workflow that it did not store.
 
-    :ivar flow_id: the id that it would have, or ``None`` if it cannot be read as a workflow
     :ivar diagnostics: all findings, in the server's order
     """
 
-    flow_id: str | None = None
     diagnostics: tuple[Diagnostic, ...] = ()
 
     @property
@@ -433,7 +431,6 @@ class StepflowExecutor(Protocol):
         root_run_id: str | None = None,
         parent_run_id: str | None = None,
         roots_only: bool = False,
-        max_depth: int | None = None,
         limit: int | None = None,
         offset: int = 0,
     ) -> list[RunInfo]: ...

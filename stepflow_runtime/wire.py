@@ -8,7 +8,6 @@ their published schema differs (it promises names where numbers travel).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -47,6 +46,8 @@ from .executor import (
 __all__ = [
     "API",
     "HEALTH",
+    "NO_REASON",
+    "SUPPORTED",
     "ApiFault",
     "RunAnswer",
     "RunDetails",
@@ -78,11 +79,14 @@ __all__ = [
     "flow_result",
     "flow_variables",
     "health",
+    "outdated_version",
     "query",
     "run_info",
     "run_request",
     "step_info",
 ]
+
+SUPPORTED: Final = "Stepflow 0.12 and 0.13"
 
 API: Final = "/api/v1"
 HEALTH: Final = f"{API}/health"
@@ -107,6 +111,7 @@ _DIAGNOSTIC_LEVELS = {1: "fatal", 2: "error", 3: "warning"}
 # As plain numbers: this is asked in every call.
 _COMPLETED: Final = RunStatus.COMPLETED.value
 _ENDED: Final = frozenset(each.value for each in RunStatus if each.is_final)
+_KNOWN: Final = frozenset(each.value for each in RunStatus if each.value)
 
 _EXACT_INTEGERS = 2**53
 
@@ -182,7 +187,9 @@ class _Summary(_Answer, frozen=True):
 
     @property
     def has_ended(self) -> bool:
-        return self.status in _ENDED
+        return self.status in _ENDED or (
+            self.completed_at is not None and self.status not in _KNOWN
+        )
 
 
 class _Item(_Answer, frozen=True):
@@ -245,6 +252,7 @@ class _RunSteps(_Answer, frozen=True):
 
 class _Component(_Answer, frozen=True):
     path: str = ""
+    component: str = ""  # what 0.12 calls the path
     component_id: str = ""
     plugin: str = ""
     description: str = ""
@@ -294,7 +302,7 @@ class _Health(_Answer, frozen=True):
 class _Event(_Answer, frozen=True):
     """One event of ``GET /runs/{id}/events``: its name is the only key of ``event``."""
 
-    event: dict[str, dict[str, Any]]
+    event: Any = None
     sequence_number: int = 0
     timestamp: datetime | None = None
 
@@ -445,11 +453,10 @@ def flow_result(summary: _Summary, item: _Item | None) -> FlowResult:
             output=item.output,
         )
     index = 0 if item is None else item.item_index
-    if item is None or (item.status not in _ENDED and summary.has_ended):
-        status = RunStatus(summary.status)
-    else:
-        status = RunStatus(item.status)
-    if not status.is_final:
+    number = summary.status
+    if item is not None and (item.status in _ENDED or not summary.has_ended):
+        number = item.status
+    if number not in _ENDED and not summary.has_ended:
         return FlowResult(
             status=FlowStatus.RUNNING, run_id=summary.run_id, item_index=index
         )
@@ -457,7 +464,7 @@ def flow_result(summary: _Summary, item: _Item | None) -> FlowResult:
         status=FlowStatus.FAILED,
         run_id=summary.run_id,
         item_index=index,
-        error=_flow_error(status, item),
+        error=_flow_error(number, item),
     )
 
 
@@ -467,7 +474,7 @@ def step_info(step: _Step) -> StepInfo:
     if status.is_final and status is not RunStatus.COMPLETED:
         error = FlowError(
             code=_error_code(step.error_code),
-            message=step.error_message or _NO_REASON,
+            message=step.error_message or NO_REASON,
             step_id=step.step_id,
             component=step.component,
         )
@@ -487,7 +494,7 @@ def component_list(found: _Components) -> ComponentList:
     return ComponentList(
         (
             ComponentInfo(
-                path=each.path,
+                path=each.path or each.component,
                 component_id=each.component_id,
                 plugin=each.plugin,
                 description=each.description,
@@ -511,6 +518,14 @@ def flow_variables(found: _Variables) -> dict[str, FlowVariable]:
         )
         for name, each in found.variables.items()
     }
+
+
+def outdated_version(body: bytes) -> str | None:
+    """What a server before 0.12 says that its version is; later ones tell a commit."""
+    try:
+        return decode_health(body).version
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
 
 
 def health(found: _Health) -> Health:
@@ -538,13 +553,13 @@ _EVENTS: Final[Mapping[str, type[RunEvent]]] = {
 
 def event(found: _Event) -> RunEvent:
     """The event by its class; ``UnknownEvent`` if it has none, or another shape."""
-    kind, data = next(iter(found.event.items()), ("", {}))
+    kind, data = _kind_and_data(found.event)
+    common = {"sequence_number": found.sequence_number, "timestamp": found.timestamp}
     if (known := _EVENTS.get(kind)) is not None:
-        fields = {_snake(name): value for name, value in data.items()}
-        fields["sequence_number"] = found.sequence_number
-        fields["timestamp"] = found.timestamp
+        names = _EVENT_FIELDS[known].items()
+        fields = {name: data[camel] for name, camel in names if camel in data}
         with suppress(msgspec.ValidationError):
-            return msgspec.convert(fields, known)
+            return msgspec.convert({**fields, **common}, known)
     return UnknownEvent(
         sequence_number=found.sequence_number,
         timestamp=found.timestamp,
@@ -554,26 +569,47 @@ def event(found: _Event) -> RunEvent:
     )
 
 
-def _snake(name: str) -> str:
-    return _HUMP.sub(r"_\1", name).lower()
+def _kind_and_data(event: Any) -> tuple[str, dict[str, Any]]:
+    if isinstance(event, dict) and len(event) == 1:
+        ((kind, data),) = event.items()
+        return kind, data if isinstance(data, dict) else {"value": data}
+    return (event, {}) if isinstance(event, str) else ("", {"value": event})
 
 
-_HUMP: Final = re.compile(r"(?<=[a-z0-9])([A-Z])")
+def _camel(name: str) -> str:
+    first, *others = name.split("_")
+    return first + "".join(map(str.title, others))
 
 
-def _flow_error(status: RunStatus, item: _Item | None) -> FlowError:
+_EVENT_FIELDS: Final = {
+    known: {name: _camel(name) for name in known.__struct_fields__}
+    for known in _EVENTS.values()
+}
+
+
+def _flow_error(status: int, item: _Item | None) -> FlowError:
     if item is not None and item.error_message:
         return FlowError(code=_error_code(item.error_code), message=item.error_message)
-    if status is RunStatus.CANCELLED:
-        return FlowError(code="CANCELLED", message="the run was cancelled")
-    if status is RunStatus.RECOVERY_FAILED:
+    words = _VERDICTS.get(RunStatus(status))
+    if words is not None:
+        return FlowError(code=words[0], message=words[1])
+    if status not in _KNOWN:
         return FlowError(
-            code="ORCHESTRATOR_ERROR", message="the server could not recover the run"
+            code=f"STATUS_{status}", message="it ended in a way that has no name here"
         )
-    return FlowError(code="UNSPECIFIED", message=_NO_REASON)
+    code = _error_code(item.error_code) if item is not None else "UNSPECIFIED"
+    return FlowError(code=code, message=NO_REASON)
 
 
-_NO_REASON: Final = "the server gave no reason"
+_VERDICTS: Final = {
+    RunStatus.CANCELLED: ("CANCELLED", "the run was cancelled"),
+    RunStatus.RECOVERY_FAILED: (
+        "ORCHESTRATOR_ERROR",
+        "the server could not recover the run",
+    ),
+}
+
+NO_REASON: Final = "the server gave no reason"
 
 
 def _error_code(number: int) -> str:

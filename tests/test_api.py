@@ -132,7 +132,7 @@ async def test_an_empty_workflow_is_refused(flow: dict[str, Any]) -> None:
 
 async def test_what_is_no_workflow_at_all_is_found_invalid() -> None:
     verdict = await Scripted(refusal(400, message="missing field `id`")).validate(ECHO)
-    assert verdict.flow_id is None and not verdict.is_valid
+    assert not verdict.is_valid
     assert verdict.errors[0].message == "missing field `id`"
 
 

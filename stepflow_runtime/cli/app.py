@@ -21,7 +21,7 @@ from ..errors import ServerError, StepflowError
 from ..executor import FlowResult, FlowStatus
 from ..logs.config import LogConfig
 from ..runtime import StepflowRuntime
-from ..server.diagnosis import causes, without_ansi
+from ..server.diagnosis import without_ansi
 
 __all__ = ["app"]
 
@@ -30,10 +30,6 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Run Stepflow workflows on a server that lives as long as the command.",
 )
-
-
-# How many of the newest log entries are searched for what a failed run has to say.
-_LOOK_BACK = 2000
 
 
 class Exit(IntEnum):
@@ -98,19 +94,14 @@ async def _run(
 ) -> FlowResult:
     async with StepflowRuntime.start(config, log_config=log_config) as runtime:
         result = await runtime.run(flow, value, variables=variables)
-    _tell_why(result, runtime)
+    _tell_why(result)
     return result
 
 
-def _tell_why(result: FlowResult, runtime: StepflowRuntime) -> None:
-    """The result says little of why a flow failed ("step failed"); the log says more."""
-    if result.is_success:
-        return
-    for entry in runtime.get_recent_logs(_LOOK_BACK):
-        if entry.stream == "stderr":  # a worker's traceback, perhaps
-            typer.echo(without_ansi(entry.message), err=True)
-        elif entry.run_id == result.run_id and entry.level in ("WARN", "ERROR"):
-            typer.echo(f"{entry.level}: {': '.join(causes(entry.message))}", err=True)
+def _tell_why(result: FlowResult) -> None:
+    """The result says little of why a flow failed ("step failed"); the log may say more."""
+    if result.error is not None:
+        typer.echo(f"failed: {without_ansi(str(result.error))}", err=True)
 
 
 def _described(result: FlowResult) -> dict[str, Any]:

@@ -7,13 +7,14 @@ drawing, a backtrace. What a user needs of them is the chain of causes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import msgspec
 
 from ..executor import FlowError
 from ..logs.entry import LogEntry
+from ..wire import NO_REASON
 
 __all__ = [
     "causes",
@@ -34,7 +35,7 @@ _RULE: Final = re.compile(r"^━+$")
 _PREFIX: Final = "Server error: "
 
 # A Python worker prints this, and the traceback after it.
-_WORKER_FAILURE: Final = re.compile(r"Component \S+ failed: (.*)", re.DOTALL)
+_WORKER_FAILURE: Final = re.compile(r"Component \S+ failed: ?(.*)")
 _MOST_ENTRIES: Final = 60
 
 _STDERR_LINES: Final = 60
@@ -115,25 +116,41 @@ def entries_of_failure(
 
 def _traceback(lines: Sequence[LogEntry], message: str) -> Sequence[LogEntry]:
     """The newest one that a worker printed for an exception with this message."""
-    words = message.splitlines()[0] if message else ""
+    words = [""] if message == NO_REASON else message.splitlines()
     for start in range(len(lines) - 1, -1, -1):
         failure = _WORKER_FAILURE.fullmatch(lines[start].message)
-        if failure is not None and failure[1] == words:
-            return lines[start : _end_of_traceback(lines, start, words)]
+        if failure is not None and failure[1].strip() == words[0].strip():
+            first = start + len(words)  # the message stands there first, whole
+            printed = [each.message for each in lines[first : first + _MOST_ENTRIES]]
+            return lines[start : first + _length_of_traceback(printed, words)]
     return ()
 
 
-def _end_of_traceback(lines: Sequence[LogEntry], start: int, words: str) -> int:
-    has_begun = False
-    for place in range(start + 1, min(len(lines), start + _MOST_ENTRIES)):
-        line = lines[place].message
-        if line.startswith("Traceback "):
-            has_begun = True
-        elif has_begun and not line.startswith(" ") and line.endswith(words):
-            return place + 1
-        elif not has_begun:
+def _length_of_traceback(lines: Sequence[str], words: Sequence[str]) -> int:
+    """How many lines it takes, together with those of its causes and contexts."""
+    place = 0
+    while place < len(lines) and "Traceback (most recent call last)" in lines[place]:
+        is_of_group = lines[place].startswith(" ")
+        place = _skip(lines, place + 1, lambda line: line.startswith(" "))
+        if not is_of_group:
+            # The exception itself, outside of the frames. What it says may have more lines.
+            place += 1 + (lines[place + 1 : place + len(words)] == words[1:]) * (
+                len(words) - 1
+            )
+        link = _skip(lines, place, lambda line: not line.strip())
+        if link >= len(lines) or not lines[link].startswith(_LINKS):
             break
-    return start + (_MOST_ENTRIES if has_begun else 1)
+        place = _skip(lines, link + 1, lambda line: not line.strip())
+    return min(place, len(lines))
+
+
+def _skip(lines: Sequence[str], place: int, what: Callable[[str], bool]) -> int:
+    while place < len(lines) and what(lines[place]):
+        place += 1
+    return place
+
+
+_LINKS: Final = ("The above exception was", "During handling of the above")
 
 
 def _block(title: str, lines: Iterable[str]) -> str:

@@ -76,6 +76,7 @@ class Incarnation:
         self._ready_until = 0.0
         self._was_hung = False
         self._health_trouble = ""
+        self._health = b""
         self._worker_trouble = ""
 
     async def live(self, binary: Path, command: Command) -> ServerExit:
@@ -194,7 +195,10 @@ class Incarnation:
         if self._ended.is_set():
             return None, f"ended before {phase}"
         if port is not None:
-            return port, ""
+            if (version := wire.outdated_version(self._health)) is None:
+                return port, ""
+            trouble = f"it says that its version is {version}; supported are "
+            return None, f"was given up: {trouble}{wire.SUPPORTED}"
         if self._worker_trouble:
             return None, f"was given up before {phase}: {self._worker_trouble}"
         trouble = self._health_trouble
@@ -234,6 +238,7 @@ class Incarnation:
             self._health_trouble = f"; {exc}"
             return False
         self._health_trouble = f"; it answered {response.status}"
+        self._health = response.body
         return response.status == 200
 
     # -- health --------------------------------------------------------------------
