@@ -21,8 +21,11 @@ from stepflow_runtime import (
     FlowResult,
     FlowStatus,
     FlowSyntaxError,
+    NotFoundError,
+    RunTimeoutError,
     ServerCrashedError,
     ServerExit,
+    UnrepresentableValueError,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -120,13 +123,15 @@ def test_public_classes_can_be_resolved_decoded_and_pickled() -> None:
     assert msgspec.json.decode(encoded, type=FlowResult) == result
     for name in public_names():
         value = getattr(stepflow_runtime, name)
-        if inspect.isclass(value) and value is not stepflow_runtime.StepflowRuntime:
-            typing.get_type_hints(
-                value
-            )  # of that one, anyio's base class stands in the way
+        # Of those two, anyio's base class stands in the way.
+        if inspect.isclass(value) and name not in ("StepflowRuntime", "StepflowClient"):
+            typing.get_type_hints(value)
     exit = ServerExit(code=-9, pid=1)
     for error in (
         ApiError("words", status=404, code="NOT_FOUND"),
+        NotFoundError("words", status=404, run_id="r"),
+        RunTimeoutError("words", run_id="r"),
+        UnrepresentableValueError("words", path="$.x"),
         ServerCrashedError("words", exit=exit),
         FlowSyntaxError("words", source="x", line=1, column=2),
     ):
@@ -144,33 +149,62 @@ def test_every_option_is_in_the_reference() -> None:
 
 def test_the_public_names_are_these() -> None:
     assert public_names() == [
+        "AccessDeniedError",
         "ApiError",
         "BinaryNotFoundError",
+        "ComponentInfo",
+        "ComponentList",
+        "ConflictError",
         "ConnectionLostError",
         "Diagnostic",
         "FlowDefinitionError",
         "FlowError",
         "FlowFailedError",
+        "FlowId",
         "FlowNotFoundError",
         "FlowResult",
         "FlowSource",
         "FlowStatus",
         "FlowSyntaxError",
+        "FlowVariable",
+        "Health",
         "InvalidFlowError",
+        "InvalidRequestError",
+        "ItemCompleted",
+        "ItemCounts",
         "LogConfig",
         "LogEntry",
+        "NotFoundError",
         "RestartPolicy",
+        "RunCompleted",
+        "RunCreated",
+        "RunEvent",
+        "RunInfo",
         "RunLostError",
+        "RunStatus",
+        "RunTimeoutError",
         "RuntimeState",
         "RuntimeStoppedError",
         "ServerCrashedError",
         "ServerError",
         "ServerExit",
+        "ServerFaultError",
         "ServerStartError",
         "StateChange",
+        "StepCompleted",
+        "StepInfo",
+        "StepReady",
+        "StepStarted",
+        "StepflowClient",
         "StepflowError",
         "StepflowExecutor",
         "StepflowRuntime",
+        "StepsNeeded",
+        "SubRunCreated",
+        "UnknownEvent",
+        "UnrepresentableValueError",
+        "UnsupportedServerError",
+        "ValidationResult",
     ]
 
 
