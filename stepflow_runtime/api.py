@@ -167,8 +167,8 @@ class ApiExecutor(ABC):
             msgspec and pydantic models, datetimes, UUIDs, enums, paths, tuples ...).
             Whole numbers within ±2^53 come back as they are; a float without a fraction
             comes back as an int
-        :param overrides: properties to replace, by step id:
-            ``{"step1": {"input": {"x": 1}}}``
+        :param overrides: properties to merge into steps, by step id:
+            ``{"step1": {"input": {"x": 1}}}``; what is not named stays, None removes
         :param variables: values for the flow's ``$variable`` references
         :param variables_from_env: whether variables that the flow annotates with an
             ``env_var`` are taken from this process's environment, if they are set there and
@@ -317,7 +317,8 @@ class ApiExecutor(ABC):
 
         :param batch_id: what :meth:`submit_batch` returned; the id of any run will do
         :param include_results: whether the results are wanted; if not, the list is empty
-        :param wait: False returns at once; what is not over then ``is_running``
+        :param wait: False returns at once; what is not over then ``is_running``. Stepflow
+            0.13 tells how items ended only when all have
         :param timeout: seconds to wait at most. The batch goes on after that, as after a
             cancellation; :meth:`cancel` cancels it
         :return: the run, and one result for each input, in the order of the inputs; a

@@ -124,6 +124,10 @@ def as_header(name: str, value: str) -> str:
 def as_segment(name: str, value: object) -> str:
     """An id as a part of a URL's path."""
     check_text(name, value)
+    if value in (".", ".."):
+        raise ValueError(
+            f"{name} must be an id, not {value!r}"
+        )  # URLs have a use for it
     return quote(str(value), safe="")
 
 

@@ -60,7 +60,9 @@ class StepflowError(Exception):
 
 
 def _rebuilt(cls: type[StepflowError], args: tuple[Any, ...]) -> StepflowError:
-    return cls.__new__(cls, *args)
+    error = cls.__new__(cls, *args)
+    error.args = args  # which an OSError, such as a TimeoutError, takes by __init__ only
+    return error
 
 
 # -- the workflow that was handed in ---------------------------------------------------

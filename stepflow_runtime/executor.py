@@ -10,7 +10,7 @@ import enum
 import os
 from collections.abc import AsyncIterator, Iterable, Mapping
 from datetime import datetime
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import msgspec
 
@@ -19,6 +19,7 @@ from .events import RunEvent, RunStatus
 from .logs.entry import LogEntry
 
 __all__ = [
+    "ClosableIterator",
     "ComponentInfo",
     "ComponentList",
     "Diagnostic",
@@ -39,6 +40,9 @@ __all__ = [
 ]
 
 
+T_co = TypeVar("T_co", covariant=True)
+
+
 class FlowId(str):
     """The id of a workflow that a server has stored; stands for the workflow in calls.
 
@@ -54,10 +58,23 @@ FlowSource: TypeAlias = "str | os.PathLike[str] | Mapping[str, Any] | msgspec.St
 ``stepflow_py.worker.FlowBuilder`` builds; or a :class:`FlowId`."""
 
 Overrides: TypeAlias = "Mapping[str, Mapping[str, Any]]"
-"""Properties of steps to replace, by step id: ``{"step1": {"input": {"x": 1}}}``."""
+"""Properties to merge into steps, by step id: ``{"step1": {"input": {"x": 1}}}``. The server
+merges them as a JSON merge patch (RFC 7396): what is not named stays, ``None`` removes."""
 
 Variables: TypeAlias = "Mapping[str, Any]"
 """Values for a flow's ``$variable`` references, by name."""
+
+
+class ClosableIterator(Protocol[T_co]):
+    """An async iterator that ``contextlib.aclosing`` takes."""
+
+    def __aiter__(self) -> AsyncIterator[T_co]: ...
+
+    async def __anext__(self) -> T_co: ...
+
+    async def aclose(self) -> None:
+        """End what it has under way, at once."""
+        ...
 
 
 class FlowStatus(enum.Enum):
@@ -407,7 +424,7 @@ class StepflowExecutor(Protocol):
         variables: Variables | None = None,
         variables_from_env: bool = False,
         timeout: float | None = None,
-    ) -> AsyncIterator[tuple[int, FlowResult]]: ...
+    ) -> ClosableIterator[tuple[int, FlowResult]]: ...
 
     async def validate(self, flow: FlowSource) -> ValidationResult: ...
 
@@ -446,7 +463,7 @@ class StepflowExecutor(Protocol):
         since: int = 0,
         include_results: bool = False,
         include_sub_runs: bool = False,
-    ) -> AsyncIterator[RunEvent]: ...
+    ) -> ClosableIterator[RunEvent]: ...
 
     async def delete_run(self, run_id: str) -> None: ...
 

@@ -73,7 +73,11 @@ class RunMany(AsyncIterator[tuple[int, FlowResult]]):
         self.close()
 
     def _top_up(self) -> None:
-        while not self._is_exhausted and len(self._work.jobs) < self._at_once:
+        # Results that nobody has taken yet count, too: who reads slowly is not run ahead of.
+        work = self._work
+        while (
+            not self._is_exhausted and len(work.jobs) + len(work.ended) < self._at_once
+        ):
             try:
                 index, input = next(self._inputs)
             except StopIteration:

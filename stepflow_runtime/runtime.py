@@ -441,8 +441,9 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
         for _ in range(_LOG_LOOKS):
             entries = self._supervisor.logs.newest(_LOOK_BACK)
             logs = entries_of_failure(entries, result.run_id, error)
-            if logs and is_all_logged(entries, result.run_id):
-                break
+            is_all = is_all_logged(entries, result.run_id)
+            if is_all and (logs or error.code != "COMPONENT_FAILED"):
+                break  # a worker's standard error comes by yet another way
             await anyio.sleep(_LOG_PAUSE)
         return logs
 

@@ -17,6 +17,7 @@ import errno
 import ipaddress
 import os
 import socket
+import sys
 from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
@@ -105,6 +106,7 @@ class DirectTransport:
             {"accept": "text/event-stream", "cache-control": "no-store"},
         )
         exchange = await self._begin(message)
+        exchange.is_stream = True
         try:
             await exchange.read_head()
         except BaseException:
@@ -210,6 +212,7 @@ class _Exchange:
     ) -> None:
         self.slot = slot
         self.is_inherited = False
+        self.is_stream = False
         self._transport = transport
         self._connection: _Connection | None = connection
         self._unsent = memoryview(message)
@@ -265,6 +268,8 @@ class _Exchange:
         try:
             while self._unsent:
                 self._unsent = await connection.send(self._unsent)
+            if self.is_stream:
+                connection.acknowledge_at_once()
             if data := await connection.receive():
                 self._answer.feed(data)
             else:
@@ -322,6 +327,11 @@ class _Connection:
                 return data[self._socket.send(data) :]
             except BlockingIOError:
                 await anyio.wait_writable(self._socket)
+
+    def acknowledge_at_once(self) -> None:
+        """Do not wait some 40 ms for something to send, as the server does for this."""
+        if self._socket is not None and sys.platform == "linux":
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
     async def receive(self) -> bytes:
         assert self._socket is not None
