@@ -17,6 +17,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime
 from functools import partial
 from hashlib import sha256
 from types import TracebackType
@@ -35,11 +36,14 @@ from .arguments import (
     as_inputs,
     as_overrides,
     as_segment,
+    as_server_writes,
     as_variables,
     check_count,
+    check_flag,
     check_max_concurrent,
     check_text,
     check_timeout,
+    check_uuid,
 )
 from .crew import Crew
 from .errors import (
@@ -56,6 +60,7 @@ from .events import RunStatus, StepStarted
 from .executor import (
     ComponentList,
     Diagnostic,
+    FlowError,
     FlowId,
     FlowResult,
     FlowSource,
@@ -102,7 +107,9 @@ _REMEMBERED_FLOWS: Final = 1000
 
 # Of a failed run with more items than this nobody reads all events to count attempts.
 _COUNTED_ITEMS: Final = 100
-_COUNTING_PATIENCE: Final = 5.0
+
+# How long a failed run's reasons may take to be found out: no part of its time limit.
+_REASON_PATIENCE: Final = 5.0
 
 
 class ApiExecutor(ABC):
@@ -214,10 +221,10 @@ class ApiExecutor(ABC):
                     self.__have_cancelled(summary.run_id)
                     raise
                 results = await self.__items(summary.run_id, generation)
-            result = wire.flow_result(summary, results[0] if results else None)
-            if result.is_failed:
-                (result,) = await self.__with_reasons([result])
-            return result
+        result = wire.flow_result(summary, results[0] if results else None)
+        if result.is_failed:
+            (result,) = await self.__with_reasons([result])
+        return result
 
     async def submit(
         self,
@@ -267,9 +274,9 @@ class ApiExecutor(ABC):
                     "get_batch() has their results"
                 )
             items = await self.__items(run_id, generation)
-            result = wire.flow_result(details.summary, items[0] if items else None)
-            (result,) = await self.__with_reasons([result], details)
-            return result
+        result = wire.flow_result(details.summary, items[0] if items else None)
+        (result,) = await self.__with_reasons([result], details)
+        return result
 
     async def submit_batch(
         self,
@@ -326,6 +333,8 @@ class ApiExecutor(ABC):
         :raises NotFoundError: if the server does not know the batch
         :raises RunTimeoutError: if ``timeout`` seconds were over first
         """
+        check_flag("include_results", include_results)
+        check_flag("wait", wait)
         with _time_limit(timeout, "is not over yet") as limit:
             limit.run_id = batch_id
             if wait:
@@ -338,15 +347,15 @@ class ApiExecutor(ABC):
                 return wire.run_info(summary), []
             found = await self.__items(batch_id, generation)
             items = {each.item_index: each for each in found}
-            results = [
-                wire.flow_result(summary, items.get(index))
-                if index in items
-                else msgspec.structs.replace(
-                    wire.flow_result(summary, None), item_index=index
-                )
-                for index in range(max(summary.items.total, len(items)))
-            ]
-            return wire.run_info(summary), await self.__with_reasons(results, details)
+        results = [
+            wire.flow_result(summary, items.get(index))
+            if index in items
+            else msgspec.structs.replace(
+                wire.flow_result(summary, None), item_index=index
+            )
+            for index in range(max(summary.items.total, len(items)))
+        ]
+        return wire.run_info(summary), await self.__with_reasons(results, details)
 
     def run_many(
         self,
@@ -439,8 +448,18 @@ class ApiExecutor(ABC):
         :param limit: so many at most; None: as many as the server gives
         :param offset: how many to leave out first
         """
+        # What the server does not understand of these, it leaves out without a word.
         if status is not None and not isinstance(status, RunStatus):
             raise TypeError(f"status must be a RunStatus, not {status!r}")
+        if status is RunStatus.UNKNOWN:
+            raise ValueError("status: nothing can be asked for by RunStatus.UNKNOWN")
+        if flow_name is not None:
+            check_text("flow_name", flow_name)
+        if root_run_id is not None:
+            check_uuid("root_run_id", root_run_id)
+        if parent_run_id is not None:
+            check_uuid("parent_run_id", parent_run_id)
+        check_flag("roots_only", roots_only)
         for name, number in (("limit", limit), ("offset", offset)):
             if number is not None:
                 check_count(name, number, least=0)
@@ -499,6 +518,8 @@ class ApiExecutor(ABC):
         ``contextlib.aclosing`` closes the connection at once.
         """
         check_count("since", since, least=0)
+        check_flag("include_results", include_results)
+        check_flag("include_sub_runs", include_sub_runs)
         parameters = wire.query(
             # The server wants the id again.
             runId=run_id,
@@ -512,7 +533,7 @@ class ApiExecutor(ABC):
                 run_id,
             ),
             partial(self.get_run, run_id),
-            run_id,
+            as_server_writes(run_id),
             since,
         )
 
@@ -572,6 +593,7 @@ class ApiExecutor(ABC):
         :param include_schemas: whether with the schemas of their input and output
         :return: a list; what plugins could not tell theirs is in ``failed_plugins``
         """
+        check_flag("include_schemas", include_schemas)
         filters = wire.query(excludeSchemas=None if include_schemas else True)
         found = await self.__ask(
             wire.decode_components, "GET", f"/components{filters}", repeatable=True
@@ -664,9 +686,11 @@ class ApiExecutor(ABC):
                 status=health.status,
             )
 
-    async def _logs_of_failure(self, result: FlowResult) -> tuple[LogEntry, ...]:
-        """What the server has logged of a failed run."""
-        return ()
+    async def _logs_of_failures(
+        self, run_id: str, since: datetime | None, errors: Sequence[FlowError]
+    ) -> list[tuple[LogEntry, ...]]:
+        """What the server has logged of each of a run's failures."""
+        return [()] * len(errors)
 
     # -- flows, underneath ---------------------------------------------------------
 
@@ -720,8 +744,8 @@ class ApiExecutor(ABC):
         response = await self._request(
             "POST", wire.API + path, request, repeatable=True
         )
-        if response.status in (400, 422):
-            message = wire.fault_of(response.body).message or "not a workflow"
+        if response.status in (400, 422) and wire.is_of_server(response.body):
+            message = wire.fault_of(response.body).message
             return ValidationResult(diagnostics=(Diagnostic("fatal", message),))
         answer = await self.__decoded(
             wire.decode_stored_flow, response, "POST", path, {}
@@ -771,6 +795,7 @@ class ApiExecutor(ABC):
         wait: int = 0,
     ) -> wire.RunAnswer:
         """Start a run. Whoever is cancelled in here has it cancelled on the server."""
+        check_flag("variables_from_env", variables_from_env)
         overrides = as_overrides(overrides)
         variables = as_variables(variables)
         while True:
@@ -893,35 +918,44 @@ class ApiExecutor(ABC):
         failed = [each for each in results if each.is_failed]
         if not failed:
             return results
-        run_id = failed[0].run_id
-        try:
+        # That they failed is known all the same.
+        with suppress(StepflowError), anyio.move_on_after(_REASON_PATIENCE):
             if details is None:
-                details = await self.__details(run_id)
-            attempts = await self.__attempts(details)
-        except StepflowError:
-            return results  # that it failed is known all the same
+                details = await self.__details(failed[0].run_id)
+            for explained in await self.__explained(failed, details):
+                results[explained.item_index] = explained
+        return results
+
+    async def __explained(
+        self, failed: list[FlowResult], details: wire.RunDetails
+    ) -> list[FlowResult]:
+        attempts = await self.__attempts(details)
         steps = {
             step.item_index: step
             for step in map(wire.step_info, details.steps)
             if step.error is not None
         }
+        errors = []
         for result in failed:
-            step = steps.get(result.item_index)
             error = result.error
             assert error is not None
-            if step is not None:
+            if (step := steps.get(result.item_index)) is not None:
                 error = msgspec.structs.replace(
                     error,
                     step_id=step.step_id,
                     component=step.component,
                     attempts=attempts.get((step.item_index, step.step_id)),
                 )
-            explained = msgspec.structs.replace(result, error=error)
-            logs = await self._logs_of_failure(explained)
-            results[result.item_index] = msgspec.structs.replace(
-                explained, error=msgspec.structs.replace(error, logs=logs)
+            errors.append(error)
+        logs = await self._logs_of_failures(
+            failed[0].run_id, details.summary.created_at, errors
+        )
+        return [
+            msgspec.structs.replace(
+                result, error=msgspec.structs.replace(error, logs=entries)
             )
-        return results
+            for result, error, entries in zip(failed, errors, logs, strict=True)
+        ]
 
     async def __attempts(self, details: wire.RunDetails) -> dict[tuple[int, str], int]:
         """How often each step of each item was tried: only the events know."""
@@ -934,11 +968,10 @@ class ApiExecutor(ABC):
         attempts: dict[tuple[int, str], int] = {}
         events = self.events(summary.run_id)
         try:
-            with anyio.move_on_after(_COUNTING_PATIENCE):
-                async for event in events:
-                    if isinstance(event, StepStarted):
-                        step = (event.item_index, event.step_id)
-                        attempts[step] = max(attempts.get(step, 0), event.attempt)
+            async for event in events:
+                if isinstance(event, StepStarted):
+                    step = (event.item_index, event.step_id)
+                    attempts[step] = max(attempts.get(step, 0), event.attempt)
         finally:
             events.close()
         return attempts

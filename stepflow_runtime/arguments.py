@@ -7,9 +7,11 @@ A leaf. Contract: what is of the wrong kind is a ``TypeError``, what cannot work
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 from urllib.parse import quote
+from uuid import UUID
 
 from .numerals import exactly
 from .representable import representable
@@ -21,12 +23,17 @@ __all__ = [
     "as_inputs",
     "as_overrides",
     "as_segment",
+    "as_server_writes",
     "as_variables",
     "check_count",
+    "check_flag",
     "check_max_concurrent",
     "check_text",
     "check_timeout",
+    "check_uuid",
 ]
+
+_FOREVER: Final = 100 * 365 * 24 * 3600
 
 # What the server can count to, where it counts items.
 _MOST: Final = 2**32 - 1
@@ -106,11 +113,36 @@ def check_count(name: str, number: object, *, least: int) -> None:
         raise ValueError(f"{name} must be from {least} to {_MOST}, not {number}")
 
 
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, not {value!r}")
+
+
 def check_text(name: str, value: object) -> None:
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a string, not {type(value).__name__}")
     if not value:
         raise ValueError(f"{name} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} has a lone surrogate: {value!a}") from None
+
+
+def check_uuid(name: str, value: object) -> None:
+    check_text(name, value)
+    try:
+        UUID(str(value))
+    except ValueError:
+        raise ValueError(f"{name} is not the id of a run: {value!r}") from None
+
+
+def as_server_writes(run_id: str) -> str:
+    """A run's id in the form that the server gives it: others are taken, too."""
+    try:
+        return str(UUID(run_id))
+    except ValueError:
+        return run_id
 
 
 def as_header(name: str, value: str) -> str:
@@ -134,5 +166,7 @@ def as_segment(name: str, value: object) -> str:
 def check_timeout(seconds: object) -> None:
     if isinstance(seconds, bool) or not isinstance(seconds, int | float):
         raise TypeError(f"timeout must be a number of seconds or None, not {seconds!r}")
-    if not seconds > 0:
-        raise ValueError(f"timeout must be more than 0 seconds, not {seconds}")
+    if not 0 < seconds < _FOREVER and seconds != math.inf:
+        raise ValueError(
+            "timeout must be more than 0 seconds and less than a century, or infinite"
+        )

@@ -349,18 +349,25 @@ class _Address:
         try:
             parts = urlsplit(url)
             port = parts.port
-        except ValueError as exc:
-            raise ValueError(f"url is not a valid URL: {exc}") from None
+        except ValueError:  # its words may be a part of the password
+            raise ValueError(
+                "url is not a valid URL (is its user or password percent-encoded?)"
+            ) from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(
                 "url must begin with http:// or https:// and a host, like "
                 '"http://localhost:7837"'
             )
         if parts.query or parts.fragment:
-            raise ValueError("url must not have a query (?) or a fragment (#)")
+            raise ValueError(
+                "url must not have a query (?) or a fragment (#); in a user or password "
+                "they have to be percent-encoded"
+            )
         path = parts.path.rstrip("/").removesuffix(wire.API)
-        if not (path.isascii() and path.isprintable() and " " not in path):
-            raise ValueError("url: its path has to be percent-encoded")
+        if not (path.isascii() and path.isprintable()) or set(path) & set(" @"):
+            raise ValueError(
+                "url: its path, user and password have to be percent-encoded"
+            )
         return cls(
             scheme=parts.scheme,
             host=_host(parts.hostname),
@@ -410,8 +417,19 @@ def _checked_headers(headers: object) -> dict[str, str]:
         if not _is_field(value):
             # The value is not shown: it may be a secret.
             raise ValueError(f"headers: the value of {name!r} cannot be sent")
+        if name.lower() in _OURS:
+            raise ValueError(f"headers: {name!r} is set by each request itself")
         checked[name.lower()] = value
     return checked
+
+
+_OURS: Final = frozenset(
+    {
+        *("accept", "connection", "content-encoding", "content-length"),
+        *("content-type", "expect", "host", "te", "trailer"),
+        *("transfer-encoding", "upgrade"),
+    }
+)
 
 
 def _is_token(name: str) -> bool:

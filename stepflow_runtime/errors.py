@@ -61,7 +61,9 @@ class StepflowError(Exception):
 
 def _rebuilt(cls: type[StepflowError], args: tuple[Any, ...]) -> StepflowError:
     error = cls.__new__(cls, *args)
-    error.args = args  # which an OSError, such as a TimeoutError, takes by __init__ only
+    error.args = (
+        args  # which an OSError, such as a TimeoutError, takes by __init__ only
+    )
     return error
 
 

@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
@@ -113,6 +114,8 @@ def as_path(flow: object) -> Path:
             "flow is a string of several lines: pass the path of a workflow file, or the "
             "document as a mapping (yaml.safe_load of the text)"
         )
+    if flow == "":
+        raise ValueError("flow is empty: pass the path of a workflow file")
     if isinstance(flow, str | os.PathLike):
         return Path(flow)
     raise TypeError(
@@ -234,17 +237,39 @@ def from_environment(
     :param annotated: names of environment variables, by name of the flow's variable
     """
     return {
-        name: _value_of(environ[variable])
+        name: _value_of(environ[variable], name, variable)
         for name, variable in annotated.items()
         if variable in environ
     }
 
 
-def _value_of(text: str) -> Any:
+def _value_of(text: str, name: str, variable: str) -> Any:
+    """No error shows the text: it may be a secret."""
     try:
-        return representable(msgspec.json.decode(text))
-    except (msgspec.DecodeError, UnicodeError, UnrepresentableValueError):
+        text.encode()
+    except UnicodeEncodeError:
+        raise UnrepresentableValueError(
+            f"variables $.{name}: the environment variable {variable} is not valid Unicode",
+            path=f"$.{name}",
+        ) from None
+    try:
+        return representable(
+            json.loads(
+                text,
+                parse_constant=_refuse_constant,
+                parse_float=_exact_float,
+                object_pairs_hook=_unique_pairs,
+            )
+        )
+    except (ValueError, RecursionError):
         return text
+
+
+def _exact_float(text: str) -> float:
+    value = float(text)
+    if Decimal(text) != Decimal(repr(value)):
+        raise ValueError("it would lose digits")
+    return value
 
 
 # -- JSON ------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ def refusal(
     """The exception for an answer that is an error."""
     fault = wire.fault_of(response.body)
     status = response.status
-    reason = fault.message or _REASONS.get(status, "no reason given")
+    reason = _cut(fault.message) or _REASONS.get(status, "no reason given")
     return _class_for(status)(
         f"the server answered {status} to {method} {path.partition('?')[0]}: {reason}",
         status=status,
@@ -41,6 +41,14 @@ _REASONS: Final = {
     404: "there is nothing of this id",
     407: "a proxy wants credentials",
 }
+
+
+def _cut(text: str) -> str:
+    """A proxy may answer with a whole page."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+
+
+_LONGEST: Final = 1000
 
 
 def _class_for(status: int) -> type[ApiError]:

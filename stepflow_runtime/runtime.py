@@ -13,8 +13,9 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from datetime import datetime
 from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self, Unpack
@@ -31,14 +32,14 @@ from .errors import (
     RuntimeStoppedError,
     StepflowError,
 )
-from .executor import FlowResult
+from .executor import FlowError
 from .hosting.portal import Portal
 from .hosting.signals import Watch, unwatch, unwinding_on_sigterm, watch
 from .hosting.tasks import SameTask
 from .logs.config import LogConfig
 from .logs.entry import LogEntry
 from .loops import in_event_loop
-from .server.diagnosis import entries_of_failure, is_all_logged
+from .server.diagnosis import Failures
 from .server.options import ServerOptions, StartOptions, check_seconds
 from .server.process import ServerExit
 from .server.restart import RestartPolicy
@@ -433,17 +434,22 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
         """What to raise for a connection that broke: what became of the server."""
         return await self._supervisor.explain_loss(ready.incarnation) or exc
 
-    async def _logs_of_failure(self, result: FlowResult) -> tuple[LogEntry, ...]:
+    async def _logs_of_failures(
+        self, run_id: str, since: datetime | None, errors: Sequence[FlowError]
+    ) -> list[tuple[LogEntry, ...]]:
         """They come by another way than the answer, and may be a moment behind it."""
-        error = result.error
-        assert error is not None
-        logs: tuple[LogEntry, ...] = ()
+        logs: list[tuple[LogEntry, ...]] = []
         for _ in range(_LOG_LOOKS):
             entries = self._supervisor.logs.newest(_LOOK_BACK)
-            logs = entries_of_failure(entries, result.run_id, error)
-            is_all = is_all_logged(entries, result.run_id)
-            if is_all and (logs or error.code != "COMPONENT_FAILED"):
-                break  # a worker's standard error comes by yet another way
+            failures = Failures(entries, run_id, since)
+            logs = [failures.of(error) for error in errors]
+            # A worker's standard error comes by yet another way.
+            may_miss = any(
+                error.code == "COMPONENT_FAILED" and not found
+                for error, found in zip(errors, logs, strict=True)
+            )
+            if failures.is_all and not may_miss:
+                break
             await anyio.sleep(_LOG_PAUSE)
         return logs
 

@@ -79,6 +79,7 @@ __all__ = [
     "flow_result",
     "flow_variables",
     "health",
+    "is_of_server",
     "outdated_version",
     "query",
     "run_info",
@@ -155,7 +156,7 @@ class StoredBlob(_Answer, frozen=True):
 class _Blob(_Answer, frozen=True):
     """The answer to ``GET /blobs/{id}``; of a binary one, without the bytes."""
 
-    data: Any = None
+    data: Any
     blob_type: str = "data"
 
 
@@ -419,6 +420,12 @@ def fault_of(body: bytes) -> ApiFault:
         return _decode_fault(body).error
     except (msgspec.DecodeError, UnicodeDecodeError):
         return ApiFault(message=body.decode(errors="replace").strip())
+
+
+def is_of_server(body: bytes) -> bool:
+    """True for an error that is Stepflow's own, not that of a proxy before it."""
+    fault = fault_of(body)
+    return bool(fault.status) or fault.message.startswith("Failed to ")
 
 
 def run_info(summary: _Summary) -> RunInfo:

@@ -50,6 +50,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="short",
         help="how many faults tests/chaos injects",
     )
+    parser.addoption(
+        "--executors",
+        choices=("all", "few"),
+        default="all",
+        help="in how many of its ways tests/test_conformance.py comes by an executor",
+    )
+
+
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    if config.getoption("executors") == "all":
+        return
+    left_out = [item for item in items if not _is_of_the_few(item)]
+    items[:] = [item for item in items if _is_of_the_few(item)]
+    config.hook.pytest_deselected(items=left_out)
+
+
+def _is_of_the_few(item: pytest.Item) -> bool:
+    callspec = getattr(item, "callspec", None)
+    kind = callspec.params.get("executor", FEW[0]) if callspec is not None else FEW[0]
+    return kind in FEW
+
+
+# One way of an embedded server, and one of a client.
+FEW = ("embedded, entered", "client, entered")
 
 
 def _eager_loop() -> asyncio.AbstractEventLoop:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
 from typing import Final
 
 import msgspec
@@ -16,13 +17,7 @@ from ..executor import FlowError
 from ..logs.entry import LogEntry
 from ..wire import NO_REASON
 
-__all__ = [
-    "causes",
-    "entries_of_failure",
-    "is_all_logged",
-    "last_words",
-    "without_ansi",
-]
+__all__ = ["Failures", "causes", "last_words", "without_ansi"]
 
 # ECMA-48 control sequences, and operating system commands (titles, links).
 _ANSI: Final = re.compile(
@@ -35,8 +30,10 @@ _RULE: Final = re.compile(r"^━+$")
 _PREFIX: Final = "Server error: "
 
 # A Python worker prints this, and the traceback after it.
-_WORKER_FAILURE: Final = re.compile(r"Component \S+ failed: ?(.*)")
+_WORKER_FAILURE: Final = re.compile(r"Component (\S+) failed: ?(.*)")
 _MOST_ENTRIES: Final = 60
+_LONGEST: Final = 60
+_MOST_ALIKE: Final = 10
 
 _STDERR_LINES: Final = 60
 _LOG_LINES: Final = 10
@@ -87,43 +84,65 @@ def is_all_logged(entries: Iterable[LogEntry], run_id: str) -> bool:
     )
 
 
-def entries_of_failure(
-    entries: Sequence[LogEntry], run_id: str, error: FlowError
-) -> tuple[LogEntry, ...]:
-    """What was logged of a failure at the levels WARN and ERROR, in order, in plain words.
+class Failures:
+    """What was logged of the failures of one run, in one look at the log.
 
-    That is what the server says of the run (of its failed step, where it names one), and the
-    traceback that a Python worker printed with the very words of the error; it says which
-    component, but not which run.
+    That is what the server says of the run at the levels WARN and ERROR (of a failed step,
+    where it names one), in plain words; and the tracebacks that Python workers printed, with
+    the very words of an error. Those name their component, but no run.
+
+    :param since: when the run began; what was printed earlier is not of it
     """
-    told = [
-        each
-        for each in entries
-        if each.level in ("WARN", "ERROR")
-        and each.stream == "stdout"
-        and each.run_id == run_id
-        and error.step_id in (None, each.step_id or error.step_id)
-    ]
-    found = [
-        msgspec.structs.replace(each, message="\n".join(causes(each.message)))
-        for each in told
-    ]
-    found += _traceback(
-        [each for each in entries if each.stream == "stderr"], error.message
-    )
-    return tuple(sorted(found, key=lambda each: each.timestamp)[-_MOST_ENTRIES:])
 
+    def __init__(
+        self, entries: Iterable[LogEntry], run_id: str, since: datetime | None
+    ) -> None:
+        self._told: list[LogEntry] = []
+        self._printed: list[LogEntry] = []
+        self.is_all = False
+        for each in entries:
+            if each.stream == "stderr":
+                if since is None or each.timestamp >= since:
+                    self._printed.append(each)
+            elif each.run_id == run_id and each.level in ("WARN", "ERROR"):
+                message = "\n".join(causes(each.message))
+                self._told.append(msgspec.structs.replace(each, message=message))
+            elif "execution completed" in each.message and run_id in each.message:
+                # The server's last word on a run, at the level INFO or below.
+                self.is_all = True
+        self._starts: dict[str, list[int]] = {}
+        for place, each in enumerate(self._printed):
+            if (failure := _WORKER_FAILURE.fullmatch(each.message)) is not None:
+                self._starts.setdefault(failure[2].strip(), []).append(place)
 
-def _traceback(lines: Sequence[LogEntry], message: str) -> Sequence[LogEntry]:
-    """The newest one that a worker printed for an exception with this message."""
-    words = [""] if message == NO_REASON else message.splitlines()
-    for start in range(len(lines) - 1, -1, -1):
-        failure = _WORKER_FAILURE.fullmatch(lines[start].message)
-        if failure is not None and failure[1].strip() == words[0].strip():
+    def of(self, error: FlowError) -> tuple[LogEntry, ...]:
+        """The entries on one of its failures, in order."""
+        found = [
+            each
+            for each in self._told
+            if error.step_id in (None, each.step_id or error.step_id)
+        ]
+        found += self._traceback(error)
+        return tuple(sorted(found, key=lambda each: each.timestamp)[-_MOST_ENTRIES:])
+
+    def _traceback(self, error: FlowError) -> Sequence[LogEntry]:
+        """The newest one that fits; none if there are several that are not alike."""
+        words = [""] if error.message == NO_REASON else error.message.splitlines()
+        found: list[Sequence[LogEntry]] = []
+        for start in reversed(self._starts.get(words[0].strip(), ())[-_MOST_ALIKE:]):
+            failure = _WORKER_FAILURE.fullmatch(self._printed[start].message)
             first = start + len(words)  # the message stands there first, whole
-            printed = [each.message for each in lines[first : first + _MOST_ENTRIES]]
-            return lines[start : first + _length_of_traceback(printed, words)]
-    return ()
+            lines = [each.message for each in self._printed[first : first + _LONGEST]]
+            told = [each.message for each in self._printed[start + 1 : first]]
+            if failure and _is_of(error.component, failure[1]) and told == words[1:]:
+                length = _length_of_traceback(lines, words)
+                found.append(self._printed[start : first + length])
+        texts = {tuple(line.message for line in each) for each in found}
+        return found[0] if len(texts) == 1 else ()
+
+
+def _is_of(component: str | None, name: str) -> bool:
+    return component is None or component == name or component.endswith(f"/{name}")
 
 
 def _length_of_traceback(lines: Sequence[str], words: Sequence[str]) -> int:

@@ -277,6 +277,10 @@ def _check_env(env: object) -> None:
         if not name or "=" in name or "\0" in name or "\0" in value:
             # The value is not shown: it may be a secret.
             raise ValueError(f"env: {name!r} cannot be set in an environment")
+        try:
+            os.fsencode(name + value)
+        except UnicodeEncodeError:
+            raise ValueError(f"env: {name!a} is not valid Unicode") from None
 
 
 def _check_kind(name: str, value: object, kind: type | tuple[type, ...]) -> None:
