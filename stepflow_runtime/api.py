@@ -45,7 +45,7 @@ from .arguments import (
     check_timeout,
     check_uuid,
 )
-from .crew import Crew
+from .crew import Crew, Kind
 from .errors import (
     ApiError,
     InvalidFlowError,
@@ -105,6 +105,9 @@ _FILE_THREADS: Final = 4
 # not make us grow with it; forgetting one costs two requests.
 _REMEMBERED_FLOWS: Final = 1000
 
+# How often a flow is stored for one run, where servers forget it.
+_MOST_STORES: Final = 3
+
 # Of a failed run with more items than this nobody reads all events to count attempts.
 _COUNTED_ITEMS: Final = 100
 
@@ -148,8 +151,19 @@ class ApiExecutor(ABC):
         """
 
     @abstractmethod
-    async def _open_stream(self, path: str) -> Stream:
-        """As :meth:`~stepflow_runtime.transport.Transport.stream`."""
+    async def _open_stream(
+        self, path: str, *, generation: int | None = None
+    ) -> tuple[Stream, int | None]:
+        """As :meth:`~stepflow_runtime.transport.Transport.stream`; and whose it is."""
+
+    @property
+    @abstractmethod
+    def _is_gone(self) -> bool:
+        """True if nothing can be sent any more."""
+
+    @abstractmethod
+    def _gone(self) -> StepflowError:
+        """What to raise then."""
 
     # -- runs ----------------------------------------------------------------------
 
@@ -201,7 +215,7 @@ class ApiExecutor(ABC):
         """
         inputs = [as_input(input)]
         with _time_limit(timeout) as limit:
-            answer = await self.__create(
+            answer, generation = await self.__create(
                 flow,
                 inputs,
                 overrides,
@@ -209,18 +223,17 @@ class ApiExecutor(ABC):
                 variables_from_env=variables_from_env,
                 wait=_FIRST_WAIT,
             )
-            generation = self._generation
             summary = answer.summary
             results: Sequence[Any] = answer.results
             if not summary.has_ended:
                 limit.run_id = summary.run_id
                 try:
-                    details = await self.__wait_for_end(summary.run_id, generation)
+                    details, _ = await self.__wait_for_end(summary.run_id, generation)
                     summary = details.summary
                 except anyio.get_cancelled_exc_class():
                     self.__have_cancelled(summary.run_id)
                     raise
-                results = await self.__items(summary.run_id, generation)
+                results = await self.__items(summary, generation)
         result = wire.flow_result(summary, results[0] if results else None)
         if result.is_failed:
             (result,) = await self.__with_reasons([result])
@@ -243,7 +256,7 @@ class ApiExecutor(ABC):
         """
         inputs = [as_input(input)]
         with _time_limit(timeout):
-            answer = await self.__create(
+            answer, _ = await self.__create(
                 flow,
                 inputs,
                 overrides,
@@ -266,14 +279,13 @@ class ApiExecutor(ABC):
         """
         with _time_limit(timeout, "is not over yet") as limit:
             limit.run_id = run_id
-            details = await self.__wait_for_end(run_id, self._generation)
-            generation = self._generation
+            details, generation = await self.__wait_for_end(run_id)
             if details.summary.items.total > 1:
                 raise ValueError(
                     f"run {run_id} is a batch of {details.summary.items.total} items: "
                     "get_batch() has their results"
                 )
-            items = await self.__items(run_id, generation)
+            items = await self.__items(details.summary, generation)
         result = wire.flow_result(details.summary, items[0] if items else None)
         (result,) = await self.__with_reasons([result], details)
         return result
@@ -302,7 +314,7 @@ class ApiExecutor(ABC):
         check_max_concurrent(max_concurrent)
         items = as_batch(inputs)
         with _time_limit(timeout):
-            answer = await self.__create(
+            answer, _ = await self.__create(
                 flow,
                 items,
                 overrides,
@@ -338,14 +350,13 @@ class ApiExecutor(ABC):
         with _time_limit(timeout, "is not over yet") as limit:
             limit.run_id = batch_id
             if wait:
-                details = await self.__wait_for_end(batch_id, self._generation)
+                details, generation = await self.__wait_for_end(batch_id)
             else:
-                details = await self.__details(batch_id)
-            generation = self._generation
+                details, generation = await self.__details(batch_id)
             summary = details.summary
             if not include_results:
                 return wire.run_info(summary), []
-            found = await self.__items(batch_id, generation)
+            found = await self.__items(summary, generation)
             items = {each.item_index: each for each in found}
         results = [
             wire.flow_result(summary, items.get(index))
@@ -392,7 +403,7 @@ class ApiExecutor(ABC):
             variables_from_env=variables_from_env,
             timeout=timeout,
         )
-        return RunMany(run, as_inputs(inputs), max_concurrent, self.__crew)
+        return RunMany(run, as_inputs(inputs), max_concurrent, self.__crew, self._gone)
 
     async def cancel(self, run_id: str) -> RunInfo:
         """Cancel a run, and return how it stands then.
@@ -405,18 +416,20 @@ class ApiExecutor(ABC):
         :raises NotFoundError: if the server does not know the run
         """
         path = f"/runs/{as_segment('run_id', run_id)}"
-        info = await self.get_run(run_id)
-        if info.has_ended:
-            return info
-        cancelled = await self.__ask(
-            wire.decode_summary,
-            "POST",
-            f"{path}/cancel",
-            b"{}",
-            repeatable=True,
-            run_id=run_id,
+        found, generation = await self.__ask_whom(
+            wire.decode_summary, "GET", path, run_id=run_id
         )
-        return wire.run_info(cancelled.summary)
+        if not found.summary.has_ended:
+            found = await self.__ask(
+                wire.decode_summary,
+                "POST",
+                f"{path}/cancel",
+                b"{}",
+                repeatable=True,
+                generation=generation,
+                run_id=run_id,
+            )
+        return wire.run_info(found.summary)
 
     async def get_run(self, run_id: str) -> RunInfo:
         """Return how a run stands.
@@ -526,15 +539,13 @@ class ApiExecutor(ABC):
             includeResults=include_results or None,
             includeSubRuns=include_sub_runs or None,
         )
+        run = _OneRun(f"/runs/{as_segment('run_id', run_id)}", run_id)
         return EventFollower(
-            partial(
-                self.__event_stream,
-                f"/runs/{as_segment('run_id', run_id)}/events{parameters}",
-                run_id,
-            ),
-            partial(self.get_run, run_id),
+            partial(self.__event_stream, run, parameters),
+            partial(self.__look, run),
             as_server_writes(run_id),
             since,
+            lambda: self._is_gone,
         )
 
     async def delete_run(self, run_id: str) -> None:
@@ -571,8 +582,7 @@ class ApiExecutor(ABC):
         :raises FlowDefinitionError: if the workflow cannot be read or is not valid
         :raises ApiError: if the server refuses it for another reason
         """
-        flow_id, _ = await self.__store(flow)
-        return flow_id
+        return await self.__store(flow)
 
     async def get_flow_variables(self, flow: FlowSource) -> dict[str, FlowVariable]:
         """Return the variables that a workflow declares, by name. It is stored for that.
@@ -580,7 +590,7 @@ class ApiExecutor(ABC):
         :raises FlowDefinitionError: if the workflow cannot be read or is not valid
         :raises NotFoundError: if there is no flow of this id
         """
-        flow_id, _ = await self.__store(flow)
+        flow_id = await self.__store(flow)
         path = f"/flows/{as_segment('flow', flow_id)}/variables"
         found = await self.__ask(
             wire.decode_flow_variables, "GET", path, repeatable=True, flow_id=flow_id
@@ -694,20 +704,19 @@ class ApiExecutor(ABC):
 
     # -- flows, underneath ---------------------------------------------------------
 
-    async def __store(self, flow: FlowSource) -> tuple[FlowId, bool]:
-        """Return the id of a stored flow, and whether it was known already."""
+    async def __store(self, flow: FlowSource) -> FlowId:
         if isinstance(flow, FlowId):
-            return flow, False
+            return flow
         if isinstance(flow, str) or hasattr(flow, "__fspath__"):
             key: _FlowKey = await _in_thread(flows.stat_key, flows.as_path(flow))
             if (known := self.__stored.get(self._generation, key)) is not None:
-                return known, True
+                return known
             loaded = await _in_thread(flows.load, flow)
         else:
             loaded = flows.load(flow)
             key = sha256(loaded.encoded).digest()
             if (known := self.__stored.get(self._generation, key)) is not None:
-                return known, True
+                return known
         generation = self._generation
         verdict = await self.__analyse(loaded)
         if any(each.level == "fatal" for each in verdict.diagnostics):
@@ -729,7 +738,7 @@ class ApiExecutor(ABC):
         )
         flow_id = FlowId(stored.blob_id)
         self.__stored.remember(generation, key, flow_id)
-        return flow_id, False
+        return flow_id
 
     async def __load(self, flow: FlowSource) -> flows.Flow:
         if isinstance(flow, str) or hasattr(flow, "__fspath__"):
@@ -793,13 +802,13 @@ class ApiExecutor(ABC):
         variables_from_env: bool,
         max_concurrent: int | None = None,
         wait: int = 0,
-    ) -> wire.RunAnswer:
+    ) -> tuple[wire.RunAnswer, int | None]:
         """Start a run. Whoever is cancelled in here has it cancelled on the server."""
         check_flag("variables_from_env", variables_from_env)
         overrides = as_overrides(overrides)
         variables = as_variables(variables)
-        while True:
-            flow_id, was_known = await self.__store(flow)
+        for attempt in range(_MOST_STORES):
+            flow_id = await self.store_flow(flow)
             body = wire.run_request(
                 flow_id,
                 inputs,
@@ -811,7 +820,7 @@ class ApiExecutor(ABC):
                 wait=wait,
             )
             try:
-                return await self.__ask(
+                return await self.__ask_whom(
                     wire.decode_run,
                     "POST",
                     "/runs",
@@ -821,14 +830,15 @@ class ApiExecutor(ABC):
                     flow_id=flow_id,
                 )
             except NotFoundError:
-                if not was_known:
+                if isinstance(flow, FlowId) or attempt == _MOST_STORES - 1:
                     raise
-                # The server has been restarted, and its store was in memory.
+                # The server was restarted after that, and its store was in memory.
                 self.__stored.forget(flow_id)
             except InvalidRequestError as exc:
                 if overrides:
                     await self.__explain_overrides(flow_id, overrides, exc)
                 raise
+        raise AssertionError
 
     async def __explain_overrides(
         self, flow_id: FlowId, overrides: Mapping[str, Any], cause: ApiError
@@ -850,12 +860,12 @@ class ApiExecutor(ABC):
             ) from cause
 
     async def __wait_for_end(
-        self, run_id: str, generation: int | None
-    ) -> wire.RunDetails:
+        self, run_id: str, generation: int | None = None
+    ) -> tuple[wire.RunDetails, int | None]:
         path = f"/runs/{as_segment('run_id', run_id)}"
         path += wire.query(wait=True, timeoutSecs=_NEXT_WAIT)
         while True:
-            details = await self.__ask(
+            details, generation = await self.__ask_whom(
                 wire.decode_run_details,
                 "GET",
                 path,
@@ -863,25 +873,40 @@ class ApiExecutor(ABC):
                 generation=generation,
                 run_id=run_id,
             )
-            generation = generation or self._generation
             if details.summary.has_ended:
-                return details
+                return details, generation
             await anyio.sleep(_STILL_RUNNING_PAUSE)
 
-    async def __details(self, run_id: str) -> wire.RunDetails:
+    async def __details(self, run_id: str) -> tuple[wire.RunDetails, int | None]:
         path = f"/runs/{as_segment('run_id', run_id)}"
-        return await self.__ask(wire.decode_run_details, "GET", path, run_id=run_id)
-
-    async def __items(self, run_id: str, generation: int | None) -> Sequence[Any]:
-        path = f"/runs/{as_segment('run_id', run_id)}/items"
-        found = await self.__ask(
-            wire.decode_run_items, "GET", path, generation=generation, run_id=run_id
+        return await self.__ask_whom(
+            wire.decode_run_details, "GET", path, run_id=run_id
         )
+
+    async def __items(self, summary: Any, generation: int | None) -> Sequence[Any]:
+        run_id = summary.run_id
+        path = f"/runs/{as_segment('run_id', run_id)}"
+        found = await self.__ask(
+            wire.decode_run_items,
+            "GET",
+            f"{path}/items",
+            generation=generation,
+            run_id=run_id,
+        )
+        if not found.results and summary.items.total:
+            # So the server answers for a run that it does not know, too: it was restarted.
+            await self.__ask(
+                wire.decode_summary,
+                "GET",
+                path,
+                generation=generation,
+                run_id=run_id,
+            )
         return found.results
 
     def __have_cancelled(self, run_id: str) -> None:
         """Leave it to the crew: the caller is on its way out."""
-        self.__crew.send(partial(self.__cancel_quietly, run_id))
+        self.__crew.send(partial(self.__cancel_quietly, run_id), Kind.ERRAND)
 
     async def __cancel_what_began(self, response: Response) -> None:
         with suppress(msgspec.DecodeError, UnicodeDecodeError):
@@ -893,8 +918,21 @@ class ApiExecutor(ABC):
         with suppress(StepflowError), anyio.move_on_after(_CANCEL_PATIENCE):
             await self.cancel(run_id)
 
-    async def __event_stream(self, path: str, run_id: str, since: int) -> Stream:
-        stream = await self._open_stream(f"{wire.API}{path}&since={since}")
+    async def __look(self, run: _OneRun) -> RunInfo:
+        found, run.generation = await self.__ask_whom(
+            wire.decode_summary,
+            "GET",
+            run.path,
+            generation=run.generation,
+            run_id=run.run_id,
+        )
+        return wire.run_info(found.summary)
+
+    async def __event_stream(self, run: _OneRun, parameters: str, since: int) -> Stream:
+        path = f"{run.path}/events"
+        stream, run.generation = await self._open_stream(
+            f"{wire.API}{path}{parameters}&since={since}", generation=run.generation
+        )
         if stream.status < 300 and stream.content_type == "text/event-stream":
             return stream
         try:
@@ -904,10 +942,10 @@ class ApiExecutor(ABC):
         finally:
             stream.close()
         response = Response(stream.status, stream.content_type, body)
-        about = {"run_id": run_id}
+        about = {"run_id": run.run_id}
         if stream.status < 300:
             await self.__refuse_version(response, "not a stream of events", about)
-        raise refusal(response, "GET", path.partition("?")[0], about)
+        raise refusal(response, "GET", path, about)
 
     # -- why a run failed ----------------------------------------------------------
 
@@ -921,7 +959,7 @@ class ApiExecutor(ABC):
         # That they failed is known all the same.
         with suppress(StepflowError), anyio.move_on_after(_REASON_PATIENCE):
             if details is None:
-                details = await self.__details(failed[0].run_id)
+                details, _ = await self.__details(failed[0].run_id)
             for explained in await self.__explained(failed, details):
                 results[explained.item_index] = explained
         return results
@@ -984,6 +1022,18 @@ class ApiExecutor(ABC):
         method: str,
         path: str,
         body: bytes | None = None,
+        **options: Any,
+    ) -> T:
+        """Send a request; return the value in its answer."""
+        value, _ = await self.__ask_whom(decode, method, path, body, **options)
+        return value
+
+    async def __ask_whom(
+        self,
+        decode: Callable[[bytes], T],
+        method: str,
+        path: str,
+        body: bytes | None = None,
         *,
         headers: Mapping[str, str] = NO_HEADERS,
         held: float = 0.0,
@@ -991,8 +1041,8 @@ class ApiExecutor(ABC):
         repeatable: bool = False,
         generation: int | None = None,
         **about: str,
-    ) -> T:
-        """Send a request; return the value in its answer.
+    ) -> tuple[T, int | None]:
+        """Send a request; return the value in its answer, and whose answer it is.
 
         :param about: ``run_id``, ``flow_id`` or ``blob_id``, for the error
         :raises ApiError: if the answer is an error, or is not what was asked for
@@ -1007,7 +1057,8 @@ class ApiExecutor(ABC):
             repeatable=repeatable,
             generation=generation,
         )
-        return await self.__decoded(decode, response, method, path, about)
+        value = await self.__decoded(decode, response, method, path, about)
+        return value, response.generation
 
     async def __decoded(
         self,
@@ -1045,6 +1096,15 @@ class ApiExecutor(ABC):
         except (StepflowError, msgspec.DecodeError, UnicodeDecodeError):
             return "It does not tell its version either"
         return f"It says that its version is {version or 'none'}"
+
+
+class _OneRun:
+    """A run that is asked for again and again, and the life of the server that has it."""
+
+    def __init__(self, path: str, run_id: str) -> None:
+        self.path = path
+        self.run_id = run_id
+        self.generation: int | None = None
 
 
 # -- what is remembered ------------------------------------------------------------------

@@ -25,7 +25,7 @@ from . import wire
 from .api import ApiExecutor
 from .arguments import check_timeout
 from .crew import Crew
-from .errors import ConnectionLostError
+from .errors import ConnectionLostError, StepflowError
 from .groups import quiet_task_group
 from .transport import NO_HEADERS, Heir, Response, Stream, Transport
 from .transport.direct import DirectTransport
@@ -111,14 +111,19 @@ class StepflowClient(ApiExecutor, AsyncContextManagerMixin):
         return self._address.url
 
     async def aclose(self) -> None:
-        """Close all connections; calls under way fail. Runs go on on the server."""
-        self._is_closed = True
+        """Close all connections; calls under way fail.
+
+        What callers have left behind (runs to be cancelled) gets some seconds.
+        """
         with anyio.CancelScope(shield=True):
+            await self._crew.settle(_LAST_ERRANDS)
+            self._is_closed = True
             await self._transport.aclose()
         self._crew.dismiss()
 
     def close(self) -> None:
         """The same for a program without an event loop."""
+        self._crew.block_until_settled(_LAST_ERRANDS)
         self._is_closed = True
         self._transport.close()
         self._crew.dismiss()
@@ -132,7 +137,6 @@ class StepflowClient(ApiExecutor, AsyncContextManagerMixin):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._crew.block_until_settled(_LAST_ERRANDS)
         self.close()
 
     def __asynccontextmanager__(self) -> AbstractAsyncContextManager[Self]:
@@ -141,15 +145,13 @@ class StepflowClient(ApiExecutor, AsyncContextManagerMixin):
     @asynccontextmanager
     async def _entered(self) -> AsyncIterator[Self]:
         async with quiet_task_group() as tasks:
-            if self._crew.loop is None:
-                tasks.start_soon(self._crew.work)
-                await self._crew.wait_at_work()
-            self._needs_entering = False
             try:
+                if self._crew.loop is None:
+                    tasks.start_soon(self._crew.work)
+                    await self._crew.wait_at_work()
+                self._needs_entering = False
                 yield self
             finally:
-                with anyio.CancelScope(shield=True):
-                    await self._crew.settle(_LAST_ERRANDS)
                 await self.aclose()
 
     def __repr__(self) -> str:
@@ -208,7 +210,11 @@ class StepflowClient(ApiExecutor, AsyncContextManagerMixin):
                     heir=heir,
                 )
             except ConnectionLostError as exc:
-                if self._is_closed or not (repeatable or exc.unsent):
+                if self._is_closed:
+                    raise ConnectionLostError(
+                        "the client is closed", unsent=exc.unsent
+                    ) from exc
+                if not (repeatable or exc.unsent):
                     raise
             else:
                 if not (repeatable and response.status in _NOT_NOW):
@@ -223,10 +229,19 @@ class StepflowClient(ApiExecutor, AsyncContextManagerMixin):
             heir=heir,
         )
 
-    async def _open_stream(self, path: str) -> Stream:
+    async def _open_stream(
+        self, path: str, *, generation: int | None = None
+    ) -> tuple[Stream, int | None]:
         self._refuse_if_unentered()
         await self._refuse_if_outdated()
-        return await self._transport.stream(self._address.prefix + path)
+        return await self._transport.stream(self._address.prefix + path), None
+
+    @property
+    def _is_gone(self) -> bool:
+        return self._is_closed
+
+    def _gone(self) -> StepflowError:
+        return ConnectionLostError("the client is closed", unsent=True)
 
     async def _refuse_if_outdated(self) -> None:
         """Look once: an older server would take runs whose results nobody can read."""

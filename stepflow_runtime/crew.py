@@ -4,11 +4,13 @@ A caller that is cancelled goes at once; that its run is cancelled on the server
 somebody else's task. Contract: jobs may be sent from any thread and any event loop, and
 are done in one: that of whoever runs :meth:`Crew.work`, as child tasks of it; or, for a
 crew that may hire, in a daemon thread that the first job starts. A job never outlives its
-crew, and what it raises goes to whoever waits for it, or else nowhere.
+crew, and what it raises goes to whoever waits for it, or else nowhere. A crew works until it
+is dismissed, shielded; its owner decides how long what is left behind may take.
 """
 
 from __future__ import annotations
 
+import enum
 import logging
 import threading
 from collections import deque
@@ -22,15 +24,27 @@ from .forks import forget_in_child
 from .logs.own import report
 from .loops import Announcer, current_loop, post
 
-__all__ = ["Crew", "Job"]
+__all__ = ["Crew", "CrewGoneError", "Job", "Kind"]
 
 T = TypeVar("T")
+
+
+class Kind(enum.Enum):
+    """Whose job it is."""
+
+    CALL = enum.auto()
+    """Somebody waits for it."""
+    PART = enum.auto()
+    """Of an iteration; it has no use without that."""
+    ERRAND = enum.auto()
+    """Left behind by somebody who has gone."""
 
 
 class Job(Generic[T]):
     """Something that a crew does; see :meth:`Crew.send`."""
 
-    def __init__(self, function: Callable[[], Awaitable[T]]) -> None:
+    def __init__(self, function: Callable[[], Awaitable[T]], kind: Kind) -> None:
+        self.kind = kind
         self._function = function
         self._scope: anyio.CancelScope | None = None
         self._loop: Any = None
@@ -128,15 +142,19 @@ class Crew:
         return self._loop
 
     @property
-    def is_busy(self) -> bool:
-        return bool(self._doing or self._waiting)
+    def has_errands(self) -> bool:
+        """True if somebody has left something behind, or will by being stopped."""
+        jobs = (*self._doing, *self._waiting)
+        return any(job.kind is not Kind.CALL for job in jobs)
 
-    def send(self, function: Callable[[], Awaitable[T]]) -> Job[T] | None:
+    def send(
+        self, function: Callable[[], Awaitable[T]], kind: Kind = Kind.CALL
+    ) -> Job[T] | None:
         """Have ``function`` called and awaited; from any thread.
 
         :return: the job; None if there is nobody to do it
         """
-        job = Job(function)
+        job = Job(function, kind)
         with self._lock:
             if self._is_dismissed:
                 return None
@@ -148,46 +166,64 @@ class Crew:
         return job
 
     async def work(self) -> None:
-        """Do what is sent, until it is cancelled."""
+        """Do what is sent, until it is dismissed.
+
+        A cancellation around it waits for that: who has been cancelled, too, may have left
+        something behind.
+        """
         try:
-            async with anyio.create_task_group() as tasks:
-                with self._lock:
-                    if self._is_dismissed:
-                        return
-                    self._loop, self._tasks = current_loop(), tasks
-                self._changed.announce()
-                try:
-                    while True:
-                        await self._arrived.wait_until(lambda: self._waiting)
-                        self._begin_waiting(tasks)
-                finally:
-                    # What is sent from now on would not be begun.
-                    with self._lock:
-                        self._loop = self._tasks = None
+            with anyio.CancelScope(shield=True):
+                await self._work()
         finally:
             self._drop_all()
+
+    async def _work(self) -> None:
+        async with anyio.create_task_group() as tasks:
+            with self._lock:
+                if self._is_dismissed:
+                    return
+                self._loop, self._tasks = current_loop(), tasks
+            self._changed.announce()
+            try:
+                while True:
+                    await self._arrived.wait_until(lambda: self._waiting)
+                    self._begin_waiting(tasks)
+            finally:
+                # What is sent from now on would not be begun.
+                with self._lock:
+                    self._loop = self._tasks = None
 
     async def wait_at_work(self) -> None:
         """Wait until :meth:`work` has begun."""
         await self._changed.wait_until(lambda: self._tasks is not None)
 
     async def settle(self, within: float) -> None:
-        """Wait until nothing is left to do, or time is up."""
+        """Stop iterations, and wait until all errands are done, or time is up."""
+        self._stop_parts()
         with anyio.move_on_after(within):
-            await self._changed.wait_until(lambda: not self.is_busy)
+            await self._changed.wait_until(lambda: not self.has_errands)
 
     def block_until_settled(self, within: float) -> None:
         """The same for a thread: blocks it."""
+        self._stop_parts()
         if self._loop is None or self._loop is not current_loop():
-            self._changed.block_until(lambda: not self.is_busy, within)
+            self._changed.block_until(lambda: not self.has_errands, within)
 
     def dismiss(self) -> None:
-        """Take no more jobs, and end the thread, if there is one; from any thread."""
+        """Have it stop working, and take no more jobs; from any thread."""
         with self._lock:
             self._is_dismissed = True
             loop, tasks = self._loop, self._tasks
-        if self._thread is not None and tasks is not None:
-            post(loop, tasks.cancel_scope.cancel)
+        if tasks is not None:
+            if loop is current_loop():
+                tasks.cancel_scope.cancel()
+            else:
+                post(loop, tasks.cancel_scope.cancel)
+
+    def _stop_parts(self) -> None:
+        for job in (*self._waiting, *self._doing):
+            if job.kind is Kind.PART:
+                job.cancel()
 
     def forget(self) -> None:
         """In a forked child: whoever worked is not there."""

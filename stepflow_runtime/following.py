@@ -40,6 +40,7 @@ class EventFollower(AsyncIterator[RunEvent]):
 
     :param connect: opens the stream from a sequence number on
     :param look: tells how the run stands
+    :param is_closed: whether there is no way any more by which to connect
     """
 
     def __init__(
@@ -48,7 +49,10 @@ class EventFollower(AsyncIterator[RunEvent]):
         look: Callable[[], Awaitable[RunInfo]],
         run_id: str,
         since: int,
+        is_closed: Callable[[], bool] = bool,
     ) -> None:
+        self._is_closed = is_closed
+        self._is_reading = False
         self._connect = connect
         self._look = look
         self._run_id = run_id
@@ -66,7 +70,19 @@ class EventFollower(AsyncIterator[RunEvent]):
         return self
 
     async def __anext__(self) -> RunEvent:
-        """The next event. Cancelled, it loses none: the next call goes on."""
+        """The next event. Cancelled, it loses none: the next call goes on.
+
+        :raises anyio.BusyResourceError: if another task is waiting for it
+        """
+        if self._is_reading:
+            raise anyio.BusyResourceError("reading from")
+        self._is_reading = True
+        try:
+            return await self._next()
+        finally:
+            self._is_reading = False
+
+    async def _next(self) -> RunEvent:
         while not self._is_over:
             try:
                 if not self._lines.is_open:
@@ -75,7 +91,7 @@ class EventFollower(AsyncIterator[RunEvent]):
             except ConnectionLostError:
                 self._lines.close()
                 self._failures += 1
-                if self._failures > len(_PAUSES):
+                if self._failures > len(_PAUSES) or self._is_closed():
                     raise
                 continue
             if line is None:
@@ -115,7 +131,11 @@ class EventFollower(AsyncIterator[RunEvent]):
         self._to_skip = Counter(self._seen_of_last)
         if self._since:
             self._is_complete = (await self._look()).status in _COMPLETE
-        self._lines.open(await self._connect(self._since))
+        stream = await self._connect(self._since)
+        if self._is_over:  # in the meantime
+            stream.close()
+        else:
+            self._lines.open(stream)
 
     def _take(self, line: bytes) -> RunEvent | None:
         data = line[5:].strip()

@@ -219,8 +219,8 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
         if not self._may_stop(timeout):
             return
         try:
-            if self._crew.is_busy and self._options.may_keep_runs():
-                self._crew.block_until_settled(_LAST_ERRANDS)
+            if self._crew.has_errands and self._options.may_keep_runs():
+                self._crew.block_until_settled(self._time_for_errands(timeout))
             if self._portal is not None:
                 self._portal.close(timeout)
             else:
@@ -239,7 +239,7 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
         if not self._may_stop(timeout):
             return
         try:
-            await self._settle()
+            await self._settle(timeout)
             if self._portal is not None:
                 await self._portal.aclose(timeout)
             else:
@@ -405,14 +405,12 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
     ) -> Response:
         while True:
             ready = await self._wait_ready()
-            if generation is not None and generation != ready.incarnation:
-                loss = await self._supervisor.explain_loss(generation)
-                assert loss is not None
-                raise loss
+            await self._refuse_if_lost(generation, ready)
             try:
-                return await self._transports.of(ready).request(
+                response = await self._transports.of(ready).request(
                     method, path, body, headers=headers, heir=heir
                 )
+                return response._replace(generation=ready.incarnation)
             except ConnectionLostError as exc:
                 loss = await self._supervisor.explain_loss(ready.incarnation)
                 if loss is None:
@@ -422,13 +420,31 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
                     raise loss from exc
                 # It waits for the next server, as a later request would.
 
-    async def _open_stream(self, path: str) -> Stream:
+    async def _open_stream(
+        self, path: str, *, generation: int | None = None
+    ) -> tuple[Stream, int | None]:
         ready = await self._wait_ready()
+        await self._refuse_if_lost(generation, ready)
         try:
             stream = await self._transports.of(ready).stream(path)
         except ConnectionLostError as exc:
             raise await self._explained(exc, ready) from exc
-        return _SupervisedStream(stream, partial(self._explained, ready=ready))
+        explained = _SupervisedStream(stream, partial(self._explained, ready=ready))
+        return explained, ready.incarnation
+
+    @property
+    def _is_gone(self) -> bool:
+        return self.state.is_final
+
+    def _gone(self) -> StepflowError:
+        return RuntimeStoppedError("this runtime is not entered yet, or stopped")
+
+    async def _refuse_if_lost(self, generation: int | None, ready: Ready) -> None:
+        """What one life of the server had, died with it."""
+        if generation is not None and generation != ready.incarnation:
+            loss = await self._supervisor.explain_loss(generation)
+            assert loss is not None
+            raise loss
 
     async def _explained(self, exc: ConnectionLostError, ready: Ready) -> StepflowError:
         """What to raise for a connection that broke: what became of the server."""
@@ -453,15 +469,19 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
             await anyio.sleep(_LOG_PAUSE)
         return logs
 
-    async def _settle(self) -> None:
+    async def _settle(self, timeout: float | None = None) -> None:
         """Let runs be cancelled whose callers have gone, where they would be taken up again.
 
         Bounded, and shielded: it is a part of the end.
         """
-        if self._crew.is_busy:
+        if self._crew.has_errands:
             with anyio.CancelScope(shield=True):
                 if await run_blocking(self._options.may_keep_runs):
-                    await self._crew.settle(_LAST_ERRANDS)
+                    await self._crew.settle(self._time_for_errands(timeout))
+
+    def _time_for_errands(self, timeout: float | None) -> float:
+        grace = self._options.shutdown_timeout if timeout is None else timeout
+        return min(_LAST_ERRANDS, grace)
 
     # -- where the supervisor lives ------------------------------------------------
 

@@ -138,9 +138,12 @@ def watch_traffic(executor: ApiExecutor) -> Traffic:
         traffic.requests.append(f"{method} {path.partition('?')[0]}")
         return await request(method, path, *args, **kw)
 
-    async def watched_stream(path: str) -> Stream:
+    async def watched_stream(
+        path: str, *, generation: int | None = None
+    ) -> tuple[Stream, int | None]:
         traffic.requests.append(f"GET {path.partition('?')[0]}")
-        return _WatchedStream(await open_stream(path), traffic)
+        stream, whose = await open_stream(path, generation=generation)
+        return _WatchedStream(stream, traffic), whose
 
     executor._request = watched_request  # type: ignore[method-assign]
     executor._open_stream = watched_stream  # type: ignore[method-assign]

@@ -21,6 +21,7 @@ from stepflow_runtime import (
     RunStatus,
     RunTimeoutError,
     ServerFaultError,
+    StepflowError,
     UnrepresentableValueError,
     UnsupportedServerError,
 )
@@ -69,8 +70,17 @@ class Scripted(ApiExecutor):
             return Response(200, "application/json", answer)
         return answer
 
-    async def _open_stream(self, path: str) -> Stream:
+    async def _open_stream(
+        self, path: str, *, generation: int | None = None
+    ) -> tuple[Stream, int | None]:
         raise AssertionError("nothing here follows events")
+
+    @property
+    def _is_gone(self) -> bool:
+        return False
+
+    def _gone(self) -> StepflowError:
+        raise AssertionError
 
 
 STORED = (b'{"flowId":"f"}', b'{"blobId":"f"}')
@@ -106,9 +116,9 @@ async def test_a_flow_that_the_server_has_lost_is_stored_again_once() -> None:
     assert executor.requests[3:] == [
         *("POST /runs", "POST /flows", "POST /blobs", "POST /runs")
     ]
-    executor = Scripted(*STORED, lost)
+    executor = Scripted(*STORED, lost, *STORED, lost, *STORED, lost)
     with pytest.raises(NotFoundError) as caught:
-        await executor.run(ECHO)  # it was stored just now: something else is wrong
+        await executor.run(ECHO)  # something else is wrong
     assert caught.value.flow_id == "f"
     executor = Scripted(lost)
     with pytest.raises(NotFoundError):
@@ -130,8 +140,19 @@ async def test_an_empty_workflow_is_refused(flow: dict[str, Any]) -> None:
     assert not verdict.is_valid
 
 
+async def test_what_a_proxy_refuses_says_nothing_of_the_workflow() -> None:
+    page = Response(400, "text/html", b"<html>" + b"x" * 5000)
+    with pytest.raises(InvalidRequestError, match="400 to POST /flows: <html>") as e:
+        await Scripted(page).validate(ECHO)
+    assert len(str(e.value)) < 1200
+    plain = Response(422, "text/plain", b"Failed to deserialize the JSON body")
+    assert not (await Scripted(plain).validate(ECHO)).is_valid
+
+
 async def test_what_is_no_workflow_at_all_is_found_invalid() -> None:
-    verdict = await Scripted(refusal(400, message="missing field `id`")).validate(ECHO)
+    verdict = await Scripted(
+        refusal(400, "INVALID_ARGUMENT", "missing field `id`")
+    ).validate(ECHO)
     assert not verdict.is_valid
     assert verdict.errors[0].message == "missing field `id`"
 
@@ -273,6 +294,15 @@ async def test_an_answer_of_another_shape_names_what_was_found(
         await Scripted(answer, Response(200, "", b"")).get_run("r")
 
 
+async def test_results_that_are_gone_are_not_made_up() -> None:
+    """So a server answers that was restarted between the two requests."""
+    details = b'{"summary":{"runId":"r","status":2,"items":{"total":1}}}'
+    for call in ("get_result", "get_batch"):
+        executor = Scripted(details, b'{"results":[]}', refusal(404, "NOT_FOUND"))
+        with pytest.raises(NotFoundError):
+            await getattr(executor, call)("r")
+
+
 async def test_a_batch_has_a_result_for_each_input_whatever_the_server_lists() -> None:
     summary = {"runId": "b", "status": 4, "items": {"total": 3}}
     details = msgspec.json.encode({"summary": summary})
@@ -314,6 +344,15 @@ Call = Callable[[Scripted], Awaitable[object]]
         (lambda e: e.get_blob(b"x"), TypeError, "blob_id must be a string"),
         (lambda e: e.list_runs(status="failed"), TypeError, "status must be"),
         (lambda e: e.list_runs(limit=-1), ValueError, "limit must be"),
+        (lambda e: e.list_runs(status=RunStatus.UNKNOWN), ValueError, "UNKNOWN"),
+        (lambda e: e.list_runs(root_run_id="zz"), ValueError, "root_run_id is not"),
+        (lambda e: e.list_runs(parent_run_id=""), ValueError, "parent_run_id is"),
+        (lambda e: e.list_runs(flow_name=5), TypeError, "flow_name must be"),
+        (lambda e: e.run(ECHO, variables_from_env="no"), TypeError, "True or False"),
+        (lambda e: e.get_run(".."), ValueError, "run_id must be an id"),
+        (lambda e: e.get_run("\ud800"), ValueError, "run_id has a lone surrogate"),
+        (lambda e: e.run(""), ValueError, "flow is empty"),
+        (lambda e: e.run(ECHO, timeout=10**400), ValueError, "timeout must be"),
         (lambda e: e.get_steps("r", item_index=-1), ValueError, "item_index must be"),
         (lambda e: e.put_blob(b"x", filename=""), ValueError, "filename is empty"),
         (lambda e: e.put_blob(b"x", filename="a\r\nb"), ValueError, "printable ASCII"),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import base64
+import os
 import traceback
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager, nullcontext, suppress
 from typing import Any
 
 import anyio
@@ -123,6 +124,7 @@ def test_an_address_is_understood(given: str, url: str) -> None:
     [
         *("", "localhost:7837", "ftp://h", "http://", "http://h:x", "http://h:99999"),
         *("http://h?x=1", "http://h#x", "http://h/a b", "http://[::1", "http://h/ü"),
+        *("http://u:p/w@h", "http://u:1/w@h", "http://u:p#w@h", "http://u:p?w@h"),
     ],
 )
 def test_what_is_no_address_is_refused_by_name(url: str) -> None:
@@ -139,6 +141,7 @@ def test_what_is_no_address_is_refused_by_name(url: str) -> None:
         ({"headers": {"": "x"}}, ValueError, "not the name of a header"),
         ({"headers": {"a": "x\r\nb: c"}}, ValueError, "the value of 'a'"),
         ({"headers": {"a": "€"}}, ValueError, "the value of 'a'"),
+        ({"headers": {"Content-Length": "5"}}, ValueError, "is set by each request"),
         ({"timeout": 0}, ValueError, "timeout must be"),
         ({"timeout": "1"}, TypeError, "timeout must be"),
     ],
@@ -151,7 +154,10 @@ def test_options_that_cannot_work_are_refused_by_name(
 
 
 def test_errors_of_construction_do_not_show_credentials() -> None:
-    for url in ("http://user:hunter2@h:x", "ftp://user:hunter2@h", "http://u:hunter2@"):
+    for url in (
+        *("http://user:hunter2@h:x", "ftp://user:hunter2@h", "http://u:hunter2@"),
+        *("http://u:hunter2/x@h", "http://u:1/hunter2@h", "http://u:hunter2#x@h"),
+    ):
         with pytest.raises(ValueError) as caught:
             StepflowClient(url)
         assert "hunter2" not in "".join(traceback.format_exception(caught.value))
@@ -325,7 +331,7 @@ async def test_a_cancelled_caller_goes_at_once_and_its_run_is_cancelled(
             tasks.start_soon(cancelled, 0.2)
             tasks.start_soon(cancelled, 1.3)
         if not entered:
-            await wait_until(lambda: not client._crew.is_busy)
+            await wait_until(lambda: not client._crew.has_errands)
             await client.aclose()
         # Who leaves a client that was entered has waited for it.
         assert await statuses() == [RunStatus.CANCELLED] * 2
@@ -396,9 +402,46 @@ async def test_an_heir_gets_the_answer_that_nobody_waits_for() -> None:
         assert inherited[0].status == 200
         with anyio.move_on_after(0.2):
             await transport.request("POST", "/api/v1/runs", body % flow_id.encode())
-        assert not crew.is_busy  # nobody was named
+        assert not crew.has_errands  # nobody was named
         await transport.aclose()
-        tasks.cancel_scope.cancel()
+        crew.dismiss()
+
+
+@each_backend
+async def test_a_scope_around_the_client_cancels_its_runs_too() -> None:
+    async with StepflowRuntime.start() as runtime:
+        with anyio.move_on_after(0.2) as scope:
+            async with StepflowClient(runtime.url) as client:
+                await client.run(SLEEP, 30_000)
+        assert scope.cancelled_caught
+        (run,) = await runtime.list_runs()
+        assert run.status is RunStatus.CANCELLED
+
+
+@each_backend
+async def test_leaving_a_client_ends_what_was_iterated() -> None:
+    async with StepflowRuntime.start() as runtime:
+        async with StepflowClient(runtime.url) as client:
+            results = client.run_many(SLEEP, [0, 30_000, 30_000])
+            assert (await anext(results))[0] == 0
+        assert {run.status for run in await runtime.list_runs()} == {
+            *(RunStatus.CANCELLED, RunStatus.COMPLETED)
+        }
+        with pytest.raises((StopAsyncIteration, ConnectionLostError)):
+            await anext(results)
+
+
+def test_a_forked_child_makes_connections_of_its_own() -> None:
+    with StepflowRuntime.start() as runtime, StepflowClient(runtime.url) as client:
+        assert anyio.run(client.health).is_healthy
+        child = os.fork()
+        if child == 0:
+            status = 1
+            with suppress(BaseException):
+                status = 0 if anyio.run(client.health).is_healthy else 2
+            os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert anyio.run(client.health).is_healthy
 
 
 def test_headers_are_a_mapping_of_any_kind() -> None:

@@ -1336,4 +1336,4 @@ async def test_nothing_is_left_to_do_when_all_is_done(
     async for _ in executor.run_many(ECHO, range(5)):
         pass
     assert isinstance(executor, StepflowRuntime | StepflowClient)
-    await wait_until(lambda: not executor._crew.is_busy)
+    await wait_until(lambda: not executor._crew.has_errands)

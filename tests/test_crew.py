@@ -14,7 +14,7 @@ import anyio.lowlevel
 import anyio.to_thread
 import pytest
 
-from stepflow_runtime.crew import Crew, CrewGoneError, Job
+from stepflow_runtime.crew import Crew, CrewGoneError, Job, Kind
 from stepflow_runtime.loops import current_loop
 
 from .conftest import wait_until
@@ -27,9 +27,11 @@ async def at_work() -> AsyncIterator[Crew]:
     crew = Crew()
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(crew.work)
-        await crew.wait_at_work()
-        yield crew
-        tasks.cancel_scope.cancel()
+        try:
+            await crew.wait_at_work()
+            yield crew
+        finally:
+            crew.dismiss()
 
 
 def sent(job: Job[Any] | None) -> Job[Any]:
@@ -127,7 +129,6 @@ async def test_jobs_end_with_their_crew_and_none_comes_after_it() -> None:
             await job.wait()
     assert told == [1]
     assert crew.send(endless) is None
-    assert not crew.is_busy
 
 
 async def test_settling_waits_for_what_is_under_way_but_not_for_ever() -> None:
@@ -136,13 +137,55 @@ async def test_settling_waits_for_what_is_under_way_but_not_for_ever() -> None:
 
     async with at_work() as crew:
         go = anyio.Event()
-        crew.send(waits)
+        crew.send(waits, Kind.ERRAND)
         await crew.settle(0.01)
-        assert crew.is_busy
+        assert crew.has_errands
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(crew.settle, 10)
             go.set()
-        assert not crew.is_busy
+        assert not crew.has_errands
+
+
+async def test_settling_stops_iterations_and_leaves_calls_alone() -> None:
+    """What an iteration leaves behind when it is stopped is waited for, too."""
+    done: list[str] = []
+
+    async def part() -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            crew.send(errand, Kind.ERRAND)
+
+    async def errand() -> None:
+        await anyio.sleep(0.01)
+        done.append("errand")
+
+    async with at_work() as crew:
+        call = sent(crew.send(anyio.sleep_forever))
+        crew.send(part, Kind.PART)
+        await anyio.sleep(0.01)
+        await crew.settle(10)
+        assert done == ["errand"]
+        assert not call.has_ended
+
+
+async def test_a_cancellation_around_it_waits_until_it_is_dismissed() -> None:
+    done: list[int] = []
+
+    async def errand() -> None:
+        await anyio.sleep(0.01)
+        done.append(1)
+
+    crew = Crew()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(crew.work)
+        await crew.wait_at_work()
+        tasks.cancel_scope.cancel()
+        crew.send(errand, Kind.ERRAND)
+        with anyio.CancelScope(shield=True):
+            await crew.settle(10)
+        crew.dismiss()
+    assert done == [1]
 
 
 def test_a_crew_without_a_loop_hires_a_thread_with_its_first_job() -> None:
@@ -170,7 +213,7 @@ def test_blocking_until_all_is_settled() -> None:
         done.append(1)
 
     crew = Crew(may_hire=True)
-    crew.send(job)
+    crew.send(job, Kind.ERRAND)
     crew.block_until_settled(10)
     assert done == [1]
     crew.dismiss()
@@ -192,5 +235,5 @@ async def test_many_jobs_from_many_threads_are_all_done() -> None:
         async with anyio.create_task_group() as tasks:
             for start in range(0, 500, 50):
                 tasks.start_soon(anyio.to_thread.run_sync, send, start)
-        await wait_until(lambda: not crew.is_busy)
+        await wait_until(lambda: len(done) == 500)
     assert sorted(done) == list(range(500))

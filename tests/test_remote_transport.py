@@ -25,7 +25,7 @@ from anyio.abc import AnyByteStream, SocketAttribute
 from anyio.streams.tls import TLSListener
 
 from stepflow_runtime import ConnectionLostError
-from stepflow_runtime.crew import Crew, Job
+from stepflow_runtime.crew import Crew, Job, Kind
 from stepflow_runtime.transport import Response
 from stepflow_runtime.transport import remote as module
 from stepflow_runtime.transport.remote import RemoteTransport
@@ -159,9 +159,11 @@ async def working() -> AsyncIterator[Crew]:
     crew = Crew()
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(crew.work)
-        await crew.wait_at_work()
-        yield crew
-        tasks.cancel_scope.cancel()
+        try:
+            await crew.wait_at_work()
+            yield crew
+        finally:
+            crew.dismiss()
 
 
 @asynccontextmanager
@@ -549,8 +551,10 @@ async def test_an_answer_that_comes_with_the_cancellation_is_not_lost(
     scope = anyio.CancelScope()
     had: list[Response] = []
 
-    def send(self: Crew, function: Callable[[], Awaitable[Any]]) -> Job[Any] | None:
-        job = original(self, function)
+    def send(
+        self: Crew, function: Callable[[], Awaitable[Any]], kind: Kind = Kind.CALL
+    ) -> Job[Any] | None:
+        job = original(self, function, kind)
         if not scope.cancel_called and job is not None:
             job.when_ended(scope.cancel)
         return job
@@ -647,14 +651,9 @@ async def test_a_crew_that_goes_takes_requests_and_streams_along() -> None:
     async def ask() -> None:
         lost.append(await failure_of(transport.request("GET", "/held")))
 
-    async def be_at_work() -> None:
-        with work:
-            await crew.work()
-
     crew = Crew()
-    work = anyio.CancelScope()
     async with serving(handle) as port, anyio.create_task_group() as tasks:
-        tasks.start_soon(be_at_work)
+        tasks.start_soon(crew.work)
         await crew.wait_at_work()
         transport = RemoteTransport(
             f"http://127.0.0.1:{port}", headers={}, timeout=15, crew=crew
@@ -664,7 +663,7 @@ async def test_a_crew_that_goes_takes_requests_and_streams_along() -> None:
         with time_limit():
             await has_arrived.wait()
         await transport.request("GET", "/idle")
-        work.cancel()
+        crew.dismiss()
         assert "has ended" in str(await failure_of(stream.receive()))
         await wait_until(lambda: lost)
         assert "has ended" in str(lost[0])
@@ -1290,26 +1289,6 @@ def test_event_loops_in_a_row_share_the_connections(
         assert len(clients) == 1
         asyncio.run(transport.aclose())
         assert (transport._pool, transport._under_way) == (None, set())
-
-
-def test_event_loops_in_a_row_may_each_have_the_crew(
-    anyio_backend: tuple[str, object],
-) -> None:
-    async def use() -> None:
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(crew.work)
-            await crew.wait_at_work()
-            with time_limit():
-                assert (await transport.request("GET", "/last")).body == b"hello"
-            tasks.cancel_scope.cancel()
-
-    with serving_from_a_thread() as (port, _):
-        crew = Crew()
-        transport = RemoteTransport(
-            f"http://127.0.0.1:{port}", headers={}, timeout=15, crew=crew
-        )
-        for backend in (anyio_backend[0], "asyncio", "trio"):
-            anyio.run(use, backend=backend)
 
 
 def test_closing_without_waiting_closes_before_the_crew_goes(

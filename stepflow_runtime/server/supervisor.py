@@ -145,8 +145,11 @@ class Supervisor:
             async with quiet_task_group() as tasks:
                 tasks.start_soon(self._live, tasks)
                 tasks.start_soon(self._crew.work)
-                await self.wait_ready()
-                yield
+                try:
+                    await self.wait_ready()
+                    yield
+                finally:
+                    self._crew.dismiss()
         finally:
             self.stop_serving()
             self._finish()

@@ -23,11 +23,13 @@ class Response(NamedTuple):
     :ivar status: the status code
     :ivar content_type: the media type without parameters, in lower case, or ``""``
     :ivar body: the whole body
+    :ivar generation: whose answer it is, where servers come and go; else None
     """
 
     status: int
     content_type: str
     body: bytes
+    generation: int | None = None
 
 
 Heir: TypeAlias = Callable[[Response], Awaitable[object]]

@@ -28,7 +28,7 @@ import anyio
 import anyio.lowlevel
 import httptools
 
-from ..crew import Crew
+from ..crew import Crew, Kind
 from ..errors import ConnectionLostError
 from ..forks import forget_in_child
 from ..loops import Slot, Slots, current_loop, has_ended
@@ -71,6 +71,7 @@ class DirectTransport:
         self._port = port
         self._head = _Head(host, port, headers)
         self._crew = crew
+        self._max_connections = max_connections
         self._slots = Slots(max_connections, on_reclaim=_close_connection)
         self._idle: deque[_Connection] = deque()
         self._closed = False
@@ -131,7 +132,7 @@ class DirectTransport:
     def _leave_to(self, heir: Heir, exchange: _Exchange) -> None:
         """Have somebody else wait for the answer, and deal with it."""
         if self._crew is not None:
-            job = self._crew.send(partial(_inherit, exchange, heir))
+            job = self._crew.send(partial(_inherit, exchange, heir), Kind.ERRAND)
             if job is not None:
                 exchange.is_inherited = True
                 job.when_ended(exchange.close)
@@ -153,10 +154,11 @@ class DirectTransport:
                 slot.holds.hang_up()
 
     def forget(self) -> None:
-        self._closed = True
+        """In a forked child: the connections are the parent's; it makes its own."""
         self._close_idle()
         for slot in self._slots.taken:
             _close_connection(slot)
+        self._slots = Slots(self._max_connections, on_reclaim=_close_connection)
 
     def take_back(self, connection: _Connection, *, reusable: bool) -> None:
         if reusable:

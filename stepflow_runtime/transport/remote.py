@@ -24,7 +24,7 @@ import anyio
 import anyio.lowlevel
 import httpx
 
-from ..crew import Crew, CrewGoneError, Job
+from ..crew import Crew, CrewGoneError, Job, Kind
 from ..errors import ConnectionLostError
 from ..forks import forget_in_child
 from ..loops import Announcer, current_loop
@@ -116,7 +116,10 @@ class RemoteTransport:
             raise
         except BaseException:
             # The answer may have come at this very moment; somebody has to have it.
-            if heir is None or self._crew.send(partial(_inherit, job, heir)) is None:
+            if (
+                heir is None
+                or self._crew.send(partial(_inherit, job, heir), Kind.ERRAND) is None
+            ):
                 job.cancel()
             raise
 
