@@ -67,8 +67,9 @@ class RunMany(AsyncIterator[tuple[int, FlowResult]]):
                 result = await job.wait()
                 self._top_up()
                 return index, result
-            if self._trouble is not None:
-                raise self._trouble
+            trouble, self._trouble = self._trouble, None
+            if trouble is not None:
+                raise trouble
         except CrewGoneError:
             self.close()
             raise self._gone() from None

@@ -27,6 +27,7 @@ from blockbuster import BlockBuster
 
 from stepflow_runtime import (
     RestartPolicy,
+    RunLostError,
     RuntimeState,
     RuntimeStoppedError,
     ServerCrashedError,
@@ -321,6 +322,32 @@ async def test_a_cancelled_call_leaves_the_hosted_server_alone() -> None:
         await runtime.run(SLEEP, 30_000)
     assert scope.cancelled_caught
     assert (await runtime.run(ECHO, 1)).output == 1
+    await runtime.stop_async()
+
+
+@each_backend
+@pytest.mark.anyio
+@pytest.mark.parametrize("call", ["get_result", "get_batch"])
+async def test_what_a_server_had_is_not_asked_of_the_next_one(call: str) -> None:
+    """The answer comes while the loop is busy, and the server dies before it is read.
+
+    The next one answers that the run, which it does not know, has no items.
+    """
+
+    async def ask() -> None:
+        with pytest.raises(RunLostError):
+            await getattr(runtime, call)(run_id)
+
+    runtime = await StepflowRuntime.start_async(restart_policy=RestartPolicy.ALWAYS)
+    run_id = await runtime.submit(SLEEP, 400)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(ask)
+        await anyio.sleep(0.2)
+        time.sleep(0.4)  # noqa: ASYNC251 - a busy event loop
+        assert runtime.pid is not None
+        os.kill(runtime.pid, signal.SIGKILL)
+        while not (runtime.restarts and runtime.state is RuntimeState.READY):
+            time.sleep(0.005)  # noqa: ASYNC251
     await runtime.stop_async()
 
 
