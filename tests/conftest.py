@@ -143,6 +143,9 @@ def _prepared_process() -> None:
     loop = uvloop.new_event_loop()
     loop.run_until_complete(asyncio.sleep(0))
     loop.close()
+    # What is there already need not be looked through after each test.
+    gc.collect()
+    gc.freeze()
 
 
 def processes_left() -> list[str]:
