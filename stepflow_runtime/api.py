@@ -88,9 +88,9 @@ Args = TypeVarTuple("Args")
 # cancelled within them does not know the run's id yet; so they are few.
 _FIRST_WAIT: Final = 1
 
-# And each further one: what the server does by itself. What is between us and a server far
-# away (a proxy, a load balancer) may end idle connections earlier; it is asked again then.
-_NEXT_WAIT: Final = 300
+# And each further one. What is between us and a server far away (proxies, load balancers)
+# ends connections in which nothing happens, mostly after 60 s.
+_NEXT_WAIT: Final = 30
 
 # The server answers a waiting request at once for a run that is paused.
 _STILL_RUNNING_PAUSE: Final = 0.1

@@ -101,8 +101,8 @@ class StepflowClient(ApiExecutor, AsyncContextManagerMixin):
         self._needs_entering = http_client is not None
         self._is_closed = False
         self._is_known = False
-        # A thread that nobody needs any more.
-        weakref.finalize(self, crew.dismiss).atexit = False
+        # Of a client that nobody has closed: its thread, its connections.
+        weakref.finalize(self, crew.retire, transport.close).atexit = False
         super().__init__(crew)
 
     @property

@@ -15,7 +15,8 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import Any, Generic, TypeVar
+from functools import partial
+from typing import Any, Final, Generic, TypeVar
 
 import anyio
 from anyio.abc import TaskGroup
@@ -27,6 +28,9 @@ from .loops import Announcer, current_loop, post
 __all__ = ["Crew", "CrewGoneError", "Job", "Kind"]
 
 T = TypeVar("T")
+
+# Seconds that errands have, where nobody waits for them.
+_LAST_ERRANDS: Final = 3.0
 
 
 class Kind(enum.Enum):
@@ -219,6 +223,22 @@ class Crew:
                 tasks.cancel_scope.cancel()
             else:
                 post(loop, tasks.cancel_scope.cancel)
+
+    def retire(self, then: Callable[[], object]) -> None:
+        """Have it end by itself, once it has done its errands; from any thread.
+
+        :param then: called last
+        """
+        if self._loop is None or not self.has_errands:
+            then()
+            self.dismiss()
+        else:
+            self.send(partial(self._settle_and_end, then))
+
+    async def _settle_and_end(self, then: Callable[[], object]) -> None:
+        await self.settle(_LAST_ERRANDS)
+        then()
+        self.dismiss()
 
     def _stop_parts(self) -> None:
         for job in (*self._waiting, *self._doing):

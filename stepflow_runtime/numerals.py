@@ -6,8 +6,8 @@ by a float power of ten, each with a rounding of its own. A float that takes 16 
 as results of computations do, arrives off by one unit in the last place in one of ten cases.
 
 Contract: :func:`literal` finds digits that come out right there, and, nearly always, for a
-parser that rounds correctly too. One in some hundred of the floats that need such digits is
-none that the server's parser ever arrives at; that is sent as it is.
+parser that rounds correctly too. One in fifty of the floats that need such digits is none
+that the server's parser ever arrives at; that is sent as it is.
 """
 
 from __future__ import annotations

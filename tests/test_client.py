@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import base64
+import gc
 import os
+import threading
 import traceback
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, nullcontext, suppress
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import httpx
 import pytest
 from anyio.abc import SocketAttribute, SocketStream
@@ -429,6 +432,27 @@ async def test_leaving_a_client_ends_what_was_iterated() -> None:
         }
         with pytest.raises((StopAsyncIteration, ConnectionLostError)):
             await anext(results)
+
+
+@each_backend
+async def test_a_forsaken_client_still_cancels_what_was_left_to_it() -> None:
+    async with StepflowRuntime.start() as runtime:
+        client = StepflowClient(runtime.url)
+        with anyio.move_on_after(0.2):
+            await client.run(SLEEP, 30_000)
+        await (
+            anyio.lowlevel.checkpoint()
+        )  # until then the task has the cancellation, and its frames
+        del client
+        gc.collect()
+        (run,) = await runtime.list_runs()
+        result = await runtime.get_result(run.run_id, timeout=20)
+        await wait_until(lambda: "stepflow-runtime crew" not in thread_names())
+    assert result.error is not None and result.error.code == "CANCELLED"
+
+
+def thread_names() -> list[str]:
+    return [thread.name for thread in threading.enumerate()]
 
 
 def test_a_forked_child_makes_connections_of_its_own() -> None:
