@@ -321,7 +321,7 @@ async def test_a_cancelled_caller_goes_at_once_and_its_run_is_cancelled(
 
     async def cancelled(after: float) -> None:
         with anyio.move_on_after(after) as scope:
-            await client.run({**SLEEP, "name": f"{after}"}, 30_000)
+            await client.run(flow_id, 30_000)
         assert scope.cancelled_caught
 
     async def statuses() -> list[RunStatus]:
@@ -329,10 +329,11 @@ async def test_a_cancelled_caller_goes_at_once_and_its_run_is_cancelled(
 
     async with StepflowRuntime.start() as runtime:
         client = StepflowClient(runtime.url)
+        flow_id = await runtime.store_flow(SLEEP)
         around = client if entered else nullcontext()
         async with around, anyio.create_task_group() as tasks:
-            tasks.start_soon(cancelled, 0.2)
-            tasks.start_soon(cancelled, 1.3)
+            tasks.start_soon(cancelled, 0.4)
+            tasks.start_soon(cancelled, 1.5)
         if not entered:
             await wait_until(lambda: not client._crew.has_errands)
             await client.aclose()
@@ -396,14 +397,14 @@ async def test_an_heir_gets_the_answer_that_nobody_waits_for() -> None:
         flow_id = await runtime.store_flow(SLEEP)
         transport = DirectTransport(runtime.port, crew=crew)
         body = b'{"flowId":"%s","input":[30000],"wait":true,"timeoutSecs":1}'
-        with anyio.move_on_after(0.2):
+        with anyio.move_on_after(0.4):
             await transport.request(
                 "POST", "/api/v1/runs", body % flow_id.encode(), heir=heir
             )
         assert not inherited
         await wait_until(lambda: inherited)
         assert inherited[0].status == 200
-        with anyio.move_on_after(0.2):
+        with anyio.move_on_after(0.4):
             await transport.request("POST", "/api/v1/runs", body % flow_id.encode())
         assert not crew.has_errands  # nobody was named
         await transport.aclose()
@@ -413,9 +414,10 @@ async def test_an_heir_gets_the_answer_that_nobody_waits_for() -> None:
 @each_backend
 async def test_a_scope_around_the_client_cancels_its_runs_too() -> None:
     async with StepflowRuntime.start() as runtime:
-        with anyio.move_on_after(0.2) as scope:
+        flow_id = await runtime.store_flow(SLEEP)
+        with anyio.move_on_after(0.4) as scope:
             async with StepflowClient(runtime.url) as client:
-                await client.run(SLEEP, 30_000)
+                await client.run(flow_id, 30_000)
         assert scope.cancelled_caught
         (run,) = await runtime.list_runs()
         assert run.status is RunStatus.CANCELLED
@@ -438,7 +440,8 @@ async def test_leaving_a_client_ends_what_was_iterated() -> None:
 async def test_a_forsaken_client_still_cancels_what_was_left_to_it() -> None:
     async with StepflowRuntime.start() as runtime:
         client = StepflowClient(runtime.url)
-        with anyio.move_on_after(0.2):
+        await client.store_flow(SLEEP)
+        with anyio.move_on_after(0.4):
             await client.run(SLEEP, 30_000)
         await (
             anyio.lowlevel.checkpoint()
