@@ -115,11 +115,16 @@ class StepflowClient(ApiExecutor, AsyncContextManagerMixin):
 
         What callers have left behind (runs to be cancelled) gets some seconds.
         """
-        with anyio.CancelScope(shield=True):
-            await self._crew.settle(_LAST_ERRANDS)
+        try:
+            with anyio.CancelScope(shield=True):
+                await self._crew.settle(_LAST_ERRANDS)
+                self._is_closed = True
+                await self._transport.aclose()
+        finally:
+            # asyncio's own cancellation stops at no shield; the crew is waited for.
             self._is_closed = True
-            await self._transport.aclose()
-        self._crew.dismiss()
+            self._transport.close()
+            self._crew.dismiss()
 
     def close(self) -> None:
         """The same for a program without an event loop."""

@@ -283,6 +283,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     :ivar root_run_id: the run that it is a part of in the end; its own id if of none
     :ivar parent_run_id: the run whose step started it, or ``None``
     :ivar orchestrator_id: the server that has it in hand, or ``None``
+    :ivar last_sequence_number: that of its last event, once the server knows it, or ``None``
     """
 
     run_id: str
@@ -295,6 +296,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     root_run_id: str | None = None
     parent_run_id: str | None = None
     orchestrator_id: str | None = None
+    last_sequence_number: int | None = None
 
     @property
     def has_ended(self) -> bool:

@@ -17,7 +17,7 @@ import msgspec
 
 from . import wire
 from .errors import ConnectionLostError, UnsupportedServerError
-from .events import RunCompleted, RunEvent, RunStatus
+from .events import RunCompleted, RunEvent
 from .executor import RunInfo
 from .transport import Stream
 
@@ -26,10 +26,6 @@ __all__ = ["EventFollower"]
 # How often in a row a connection may bring nothing new before it is given up, and the
 # seconds before each new one.
 _PAUSES: Final = (0.0, 0.1, 0.5, 1.0, 2.0, 4.0)
-
-# Of a run that has come to its end by itself, the server has all events at hand.
-_COMPLETE: Final = frozenset({RunStatus.COMPLETED, RunStatus.FAILED})
-_SILENCE: Final = 2.0
 
 # The longest line that is taken in: a result travels in one, and requests end at 250 MiB.
 _LONGEST_LINE: Final = 256 * 1024 * 1024
@@ -62,7 +58,6 @@ class EventFollower(AsyncIterator[RunEvent]):
         self._to_skip: Counter[bytes] = Counter()
         self._failures = 0
         self._was_over = False
-        self._is_complete = False
         self._is_over = False
         weakref.finalize(self, self._lines.close).atexit = False
 
@@ -87,7 +82,7 @@ class EventFollower(AsyncIterator[RunEvent]):
             try:
                 if not self._lines.is_open:
                     await self._reconnect()
-                line = await self._next_line()
+                line = await self._lines.next()
             except ConnectionLostError:
                 self._lines.close()
                 self._failures += 1
@@ -116,21 +111,16 @@ class EventFollower(AsyncIterator[RunEvent]):
     async def aclose(self) -> None:
         self.close()
 
-    async def _next_line(self) -> bytes | None:
-        if not self._is_complete:
-            return await self._lines.next()
-        # The server has it all, and where one begins after its last event, is silent.
-        with anyio.move_on_after(_SILENCE):
-            return await self._lines.next()
-        self.close()
-        raise StopAsyncIteration
-
     async def _reconnect(self) -> None:
         if self._failures:
             await anyio.sleep(_PAUSES[self._failures - 1])
         self._to_skip = Counter(self._seen_of_last)
         if self._since:
-            self._is_complete = (await self._look()).status in _COMPLETE
+            # After a run's last event the server's stream is silent, and never ends.
+            last = (await self._look()).last_sequence_number
+            if last is not None and self._since > last:
+                self.close()
+                raise StopAsyncIteration
         stream = await self._connect(self._since)
         if self._is_over:  # in the meantime
             stream.close()

@@ -185,6 +185,7 @@ class _Summary(_Answer, frozen=True):
     root_run_id: str | None = None
     parent_run_id: str | None = None
     orchestrator_id: str | None = None
+    finished_at_seqno: int | None = None
 
     @property
     def has_ended(self) -> bool:
@@ -443,6 +444,7 @@ def run_info(summary: _Summary) -> RunInfo:
         root_run_id=summary.root_run_id,
         parent_run_id=summary.parent_run_id,
         orchestrator_id=summary.orchestrator_id,
+        last_sequence_number=summary.finished_at_seqno,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import gc
 import os
@@ -421,6 +422,31 @@ async def test_a_scope_around_the_client_cancels_its_runs_too() -> None:
         assert scope.cancelled_caught
         (run,) = await runtime.list_runs()
         assert run.status is RunStatus.CANCELLED
+
+
+def test_a_second_cancellation_ends_the_leaving_too() -> None:
+    """asyncio's own stops at no shield: here it comes while the client settles."""
+
+    async def use(url: str) -> None:
+        async with StepflowClient(url) as client:
+            flow_id = await client.store_flow(SLEEP)
+            entered.set()
+            await client.run(flow_id, 30_000)
+
+    async def main() -> None:
+        task = asyncio.create_task(use(runtime.url))
+        await entered.wait()
+        await asyncio.sleep(0.2)
+        freeze(runtime)  # nobody answers to what is left behind
+        for _ in range(2):
+            task.cancel()
+            await asyncio.sleep(0.1)
+        done, _ = await asyncio.wait([task], timeout=20)
+        assert done and task.cancelled()
+
+    entered = asyncio.Event()
+    with StepflowRuntime.start(shutdown_timeout=0.1) as runtime:
+        asyncio.run(main())
 
 
 @each_backend

@@ -81,6 +81,7 @@ class Server:
         self.streams: list[FakeStream] = []
         self.status = RunStatus.RUNNING
         self.looks = 0
+        self.last: int | None = None
 
     async def connect(self, since: int) -> Stream:
         self.asked.append(since)
@@ -93,7 +94,7 @@ class Server:
 
     async def look(self) -> RunInfo:
         self.looks += 1
-        return RunInfo(run_id="r", status=self.status)
+        return RunInfo(run_id="r", status=self.status, last_sequence_number=self.last)
 
     def follow(self, since: int = 0) -> EventFollower:
         return EventFollower(self.connect, self.look, "r", since)
@@ -208,6 +209,30 @@ async def test_a_cancelled_run_that_never_completes_is_followed_to_its_end() -> 
     server.status = RunStatus.CANCELLED
     assert names(await all_of(server.follow())) == ["s0"]
     assert server.looks == 2
+
+
+async def test_nothing_follows_the_last_event() -> None:
+    server = Server(journal(3))
+    server.status, server.last = RunStatus.COMPLETED, 3
+    assert await all_of(server.follow(since=4)) == []
+    assert server.asked == []
+    assert names(await all_of(server.follow(since=3))) == ["RunCompleted"]
+
+
+async def test_a_slow_server_is_waited_for_though_the_run_is_over() -> None:
+    class Slow(FakeStream):
+        async def receive(self) -> bytes:
+            await anyio.sleep(2.2)
+            return await super().receive()
+
+    class SlowServer(Server):
+        async def connect(self, since: int) -> Stream:
+            await super().connect(since)
+            return Slow([b"".join(self.lines[since:])])
+
+    server = SlowServer(journal(2))
+    server.status, server.last = RunStatus.COMPLETED, 2
+    assert names(await all_of(server.follow(since=1))) == ["s1", "RunCompleted"]
 
 
 async def test_the_completion_of_a_sub_run_is_not_the_end() -> None:
