@@ -240,13 +240,15 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
             return
         try:
             await self._settle(timeout)
-            if self._portal is not None:
-                await self._portal.aclose(timeout)
-            else:
-                self._supervisor.ask_to_stop(timeout)
-                await self._supervisor.wait_stopped()
-        finally:
-            self._let_go()
+        finally:  # asyncio's own cancellation stops at no shield
+            try:
+                if self._portal is not None:
+                    await self._portal.aclose(timeout)
+                else:
+                    self._supervisor.ask_to_stop(timeout)
+                    await self._supervisor.wait_stopped()
+            finally:
+                self._let_go()
 
     def __enter__(self) -> Self:
         if in_event_loop():
