@@ -32,9 +32,11 @@ from .conftest import ECHO, SLEEP, each_backend, freeze, processes_left, wait_un
 pytestmark = pytest.mark.anyio
 
 
-def kill_server(runtime: StepflowRuntime) -> None:
+def kill_server(runtime: StepflowRuntime, how: int = signal.SIGKILL) -> None:
+    """Kill the server and wait for its death: a busy kernel takes its time."""
     assert runtime.pid is not None
-    os.kill(runtime.pid, signal.SIGKILL)
+    os.kill(runtime.pid, how)
+    os.waitid(os.P_PID, runtime.pid, os.WEXITED | os.WNOWAIT)
 
 
 async def wait_begun(runtime: StepflowRuntime) -> None:
@@ -357,10 +359,8 @@ async def test_a_crash_is_not_taken_for_a_hang() -> None:
         async with StepflowRuntime.start(
             health_interval=0.001, max_health_failures=1
         ) as runtime:
-            assert runtime.pid is not None
-            os.kill(runtime.pid, signal.SIGABRT)
+            kill_server(runtime, signal.SIGABRT)
             with pytest.raises(ServerCrashedError, match="was killed by SIGABRT"):
-                await runtime.run(ECHO, 1)
                 await runtime.run(ECHO, 1)
 
 
@@ -375,7 +375,8 @@ async def main():
     try:
         async with runtime:
             os.kill(runtime.pid, signal.SIGKILL)
-            await runtime.run({{"output": 1}})
+            while True:
+                await runtime.run({{"output": 1}})
     except ServerCrashedError:
         print("left")
 
