@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ def kill_server(runtime: StepflowRuntime, how: int = signal.SIGKILL) -> None:
     """Kill the server and wait for its death: a busy kernel takes its time."""
     assert runtime.pid is not None
     os.kill(runtime.pid, how)
-    os.waitid(os.P_PID, runtime.pid, os.WEXITED | os.WNOWAIT)
+    with suppress(ChildProcessError):
+        os.waitid(os.P_PID, runtime.pid, os.WEXITED | os.WNOWAIT)
 
 
 async def wait_begun(runtime: StepflowRuntime) -> None:
