@@ -1,46 +1,149 @@
-"""LogConfig: what the server logs, and where its lines go."""
+"""LogConfig: what the server logs, and where its lines go.
+
+Contract: a value that cannot work is refused when the configuration is made, with the
+field's name. Nothing is opened or looked at here.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Literal
+from urllib.parse import urlsplit
 
-__all__ = ["LEVELS", "LogConfig"]
+if TYPE_CHECKING:
+    from .entry import LogEntry
+
+__all__ = ["LEVELS", "LogConfig", "checked_level"]
 
 LEVELS: Final = ("trace", "debug", "info", "warn", "error")
+FORMATS: Final = ("json", "text")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
     """How the server's log lines are made and where they go.
 
-    Every line becomes a :class:`~stepflow_runtime.LogEntry`: the newest are kept for
-    :meth:`~stepflow_runtime.StepflowRuntime.get_recent_logs`, and each goes to the Python
-    logger.
+    With ``capture`` every line becomes a :class:`~stepflow_runtime.LogEntry`: the newest
+    are kept for :meth:`~stepflow_runtime.StepflowRuntime.get_recent_logs`, those who
+    follow :meth:`~stepflow_runtime.StepflowRuntime.logs` get it, it is a record of the
+    Python logger and a line of the file. Without, the lines go as they are into the file,
+    or, if there is none, to the standard error of this process.
 
     :ivar level: the least severe level that the server logs: ``"trace"``, ``"debug"``,
         ``"info"``, ``"warn"`` or ``"error"``
+    :ivar format: how lines are written to the file or to standard error: ``"json"`` or
+        ``"text"``
+    :ivar capture: False makes neither entries nor records. Then only error messages look
+        at the lines, and :meth:`get_recent_logs` has them undecoded, if they are text
     :ivar python_logger: the name of the Python logger, or None for no logger
+    :ivar file_path: the file that the lines are appended to, or None. Its directory has to
+        exist. It is opened anew when it was moved away (rotated)
+    :ivar otlp_endpoint: the ``http://`` or ``https://`` address of an OpenTelemetry
+        collector (gRPC) that the server sends its log records to, in the place of its
+        standard output; what is still printed takes the other ways
+    :ivar otlp_traces: send spans to ``otlp_endpoint``, too
+    :ivar otlp_metrics: send metrics to ``otlp_endpoint``, too
     :ivar keep: how many of the newest entries are kept, as long as they are not over
-        32 Mi characters together
+        32 MiB together
+    :ivar redact: called with each entry before anything else sees it, in threads of ours,
+        one call at a time; returns the entry, another one in its place
+        (``msgspec.structs.replace``), or None to leave it out. If it raises, what the
+        entry said is withheld
     :raises ValueError: naming the field, if a value is not one of these
+    :raises TypeError: naming the field, if a value is of the wrong kind
     """
 
     level: str = "info"
+    format: Literal["json", "text"] = "json"
+    capture: bool = True
     python_logger: str | None = "stepflow.server"
+    file_path: str | os.PathLike[str] | None = None
+    otlp_endpoint: str | None = None
+    otlp_traces: bool = False
+    otlp_metrics: bool = False
     keep: int = 2000
+    redact: Callable[[LogEntry], LogEntry | None] | None = field(
+        default=None, repr=False
+    )
 
     def __post_init__(self) -> None:
-        if self.level not in LEVELS:
-            raise ValueError(
-                f"log_config.level must be one of {', '.join(LEVELS)}, not {self.level!r}"
+        _check_one_of("level", self.level, LEVELS)
+        _check_one_of("format", self.format, FORMATS)
+        for name in ("capture", "otlp_traces", "otlp_metrics"):
+            _check_kind(name, getattr(self, name), bool, "True or False")
+        if self.python_logger is not None:
+            _check_kind(
+                "python_logger", self.python_logger, str, "the name of a logger or None"
             )
-        if not (self.python_logger is None or isinstance(self.python_logger, str)):
-            raise ValueError(
-                "log_config.python_logger must be the name of a logger or None, not "
-                f"{self.python_logger!r}"
+        if self.file_path is not None:
+            _check_kind(
+                "file_path", self.file_path, (str, os.PathLike), "a path or None"
             )
-        if type(self.keep) is not int or self.keep < 1:
+        self._check_otlp()
+        _check_kind("keep", self.keep, int, "a whole number")
+        if self.keep < 1 or self.keep is True:
             raise ValueError(
                 f"log_config.keep must be a whole number from 1 on, not {self.keep!r}"
             )
+        if self.redact is not None and not callable(self.redact):
+            raise TypeError(
+                f"log_config.redact must be a function or None, not {self.redact!r}"
+            )
+        if self.redact is not None and not self.capture:
+            raise ValueError(
+                "log_config.redact needs capture=True: without it, lines go as they are"
+            )
+
+    def _check_otlp(self) -> None:
+        if self.otlp_endpoint is None:
+            for name in ("otlp_traces", "otlp_metrics"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"log_config.{name} needs log_config.otlp_endpoint"
+                    )
+            return
+        _check_kind("otlp_endpoint", self.otlp_endpoint, str, "an address or None")
+        # The address itself is not shown before it is known to hold no password.
+        try:
+            parts = urlsplit(self.otlp_endpoint)
+            has_host = bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            has_host = False
+        if not has_host or parts.scheme not in ("http", "https"):
+            raise ValueError(
+                "log_config.otlp_endpoint must be like http://host:4317 or "
+                "https://host:4317"
+            )
+        if parts.username is not None or parts.password is not None:
+            raise ValueError(
+                "log_config.otlp_endpoint cannot have a user name or password: the server "
+                "would not send them. Set OTEL_EXPORTER_OTLP_HEADERS in env= instead"
+            )
+
+
+def checked_level(name: str, level: str | None) -> str:
+    """A level as entries have it (``"WARN"``); the least severe one for None.
+
+    :raises ValueError: naming the argument, if there is no such level
+    """
+    if level is None:
+        return LEVELS[0].upper()
+    if not isinstance(level, str) or level.lower() not in LEVELS:
+        raise ValueError(f"{name} must be one of {', '.join(LEVELS)}, not {level!r}")
+    return level.upper()
+
+
+def _check_one_of(name: str, value: object, values: tuple[str, ...]) -> None:
+    if value not in values:
+        raise ValueError(
+            f"log_config.{name} must be one of {', '.join(values)}, not {value!r}"
+        )
+
+
+def _check_kind(
+    name: str, value: object, kind: type | tuple[type, ...], wanted: str
+) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"log_config.{name} must be {wanted}, not {value!r}")

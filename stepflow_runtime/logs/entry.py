@@ -1,23 +1,30 @@
 """LogEntry, and how a line of the server's output becomes one.
 
-Contract: :func:`decode` never raises. A line that is not one of the server's JSON log
-lines (a worker's print, a panic, garbage) is an entry too, with the line as its message.
+Contract: :func:`decode` never raises, and loses nothing. A line that is not one of the
+server's JSON log lines (a worker's print, a panic, garbage) is an entry too, with the
+line as its message; what a JSON log line has beyond the fields of an entry, or instead of
+what they take, is in ``extra``.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 import msgspec
 
-__all__ = ["LogEntry", "Stream", "decode"]
+from .config import LEVELS
+
+__all__ = ["LogEntry", "Stream", "decode", "plain", "told_level"]
 
 Stream: TypeAlias = Literal["stdout", "stderr"]
 
+T = TypeVar("T")
+
 
 class LogEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """One line that the server or one of its workers wrote.
+    """One line that the server or one of its workers wrote, or a traceback or panic.
 
     :ivar timestamp: when, as the server stamped it; for a line without a stamp, when it
         was read (aware, UTC)
@@ -35,6 +42,7 @@ class LogEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     :ivar step_id: the step, or None
     :ivar trace_id: the OpenTelemetry trace, or None
     :ivar span_id: the OpenTelemetry span, or None
+    :ivar extra: whatever else the line told, under its own names
     """
 
     timestamp: datetime
@@ -49,31 +57,56 @@ class LogEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     step_id: str | None = None
     trace_id: str | None = None
     span_id: str | None = None
+    extra: dict[str, Any] = {}
 
     def __str__(self) -> str:
         target = f"{self.target}: " if self.target else ""
         return f"{self.level:<5} {target}{self.message}"
 
 
-class _Diags(msgspec.Struct, frozen=True, gc=False):
+class _Diags(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
     run_id: str | None = None
     flow_id: str | None = None
     step_id: str | None = None
     trace_id: str | None = None
     span_id: str | None = None
+    sampled: bool | None = None
 
 
-class _Line(msgspec.Struct, gc=False):
+_NO_DIAGS: Final = _Diags()
+
+
+class _Line(msgspec.Struct, gc=False, forbid_unknown_fields=True):
     timestamp: datetime
-    level: str
+    level: Literal["TRACE", "DEBUG", "INFO", "WARN", "ERROR"]
     message: str
     target: str = ""
     file: str | None = None
     line: int | None = None
-    diags: _Diags = _Diags()
+    diags: _Diags = _NO_DIAGS
 
 
-_decode_line = msgspec.json.Decoder(_Line).decode
+_decode_line: Final = msgspec.json.Decoder(_Line).decode
+_decode_object: Final = msgspec.json.Decoder(dict[str, Any]).decode
+_decode_timestamp: Final = msgspec.json.Decoder(datetime).decode
+
+# How the server's lines begin, and where it says the level: its time stamps are all of a
+# length.
+_BEGIN: Final = b'{"timestamp":"'
+_TIMESTAMP: Final = slice(13, 47)
+_LEVEL: Final = slice(46, 61)
+_TOLD: Final = {
+    b'","level":"' + level.upper()[:4].encode(): level.upper() for level in LEVELS
+}
+
+_LEVELS: Final = frozenset(_TOLD.values())
+_NAMES: Final = {"WARNING": "WARN", "CRITICAL": "ERROR", "FATAL": "ERROR"}
+_IDS: Final = ("run_id", "flow_id", "step_id", "trace_id", "span_id")
+
+
+def told_level(line: bytes) -> str | None:
+    """The level of a line that begins as the server's do, at a glance; else None."""
+    return _TOLD.get(line[_LEVEL]) if line.startswith(_BEGIN) else None
 
 
 def decode(line: bytes, stream: Stream) -> LogEntry:
@@ -81,9 +114,9 @@ def decode(line: bytes, stream: Stream) -> LogEntry:
     try:
         parsed = _decode_line(line)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
-        return _plain(line, stream)
+        return _decode_unusual(line, stream)
     if parsed.timestamp.tzinfo is None:
-        return _plain(line, stream)
+        return _decode_unusual(line, stream)
     diags = parsed.diags
     return LogEntry(
         timestamp=parsed.timestamp,
@@ -98,13 +131,72 @@ def decode(line: bytes, stream: Stream) -> LogEntry:
         step_id=diags.step_id,
         trace_id=diags.trace_id,
         span_id=diags.span_id,
+        extra={} if diags.sampled is None else {"diags": {"sampled": diags.sampled}},
     )
 
 
-def _plain(line: bytes, stream: Stream) -> LogEntry:
+def _decode_unusual(line: bytes, stream: Stream) -> LogEntry:
+    """A line of the server with more than usual, or with something unfit; or another."""
+    try:
+        fields = _decode_object(line)
+        timestamp = msgspec.convert(fields.pop("timestamp"), datetime)
+        message = fields.pop("message")
+        level = fields.pop("level")
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, KeyError):
+        return plain(line, stream)
+    if not (timestamp.tzinfo and isinstance(message, str) and isinstance(level, str)):
+        return plain(line, stream)
+    known = _NAMES.get(level.upper(), level.upper())
+    if known not in _LEVELS:
+        fields["level"] = level
     return LogEntry(
-        timestamp=datetime.now(UTC),
+        timestamp=timestamp,
+        level=known if known in _LEVELS else "INFO",
+        message=message,
+        stream=stream,
+        target=_take(fields, "target", str) or "",
+        file=_take(fields, "file", str),
+        line=_take(fields, "line", int),
+        **_take_ids(fields),
+        extra=fields,
+    )
+
+
+def _take_ids(fields: dict[str, Any]) -> dict[str, str | None]:
+    diags = fields.get("diags")
+    if not isinstance(diags, dict):
+        return {}
+    ids = {name: _take(diags, name, str) for name in _IDS}
+    if not diags:
+        del fields["diags"]
+    return ids
+
+
+def _take(fields: dict[str, Any], name: str, kind: type[T]) -> T | None:
+    """Take a value out of ``fields``; one of another kind stays there."""
+    value = fields.get(name)
+    if type(value) is not kind:
+        return None
+    del fields[name]
+    return value
+
+
+def plain(line: bytes, stream: Stream) -> LogEntry:
+    """The entry of a line that is not one of the server's log lines."""
+    return LogEntry(
+        timestamp=_stamp(line),
         level="WARN" if stream == "stderr" else "INFO",
         message=line.decode(errors="replace"),
         stream=stream,
     )
+
+
+def _stamp(line: bytes) -> datetime:
+    """When a line was written, if it says so like the server's, or else now.
+
+    One that was broken off is decoded when somebody asks for it, whenever that is.
+    """
+    if told_level(line) is not None:
+        with suppress(msgspec.DecodeError):
+            return _decode_timestamp(line[_TIMESTAMP])
+    return datetime.now(UTC)
