@@ -55,6 +55,7 @@ from .executor import StepInfo as StepInfo
 from .executor import ValidationResult as ValidationResult
 from .logs.config import LogConfig as LogConfig
 from .logs.entry import LogEntry as LogEntry
+from .logs.ring import LogFollower as LogFollower
 from .runtime import StepflowRuntime as StepflowRuntime
 from .server.process import ServerExit as ServerExit
 from .server.restart import RestartPolicy as RestartPolicy

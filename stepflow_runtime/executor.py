@@ -116,7 +116,8 @@ class FlowError(msgspec.Struct, frozen=True, kw_only=True):
         tried = f", tried {self.attempts} times" if (self.attempts or 0) > 1 else ""
         line = f"{where}: " if where else ""
         line += f"{self.message} ({self.code}{tried})"
-        return "\n  ".join([line, *(entry.message for entry in self.logs)])
+        told = "\n".join([line, *(entry.message for entry in self.logs)])
+        return told.replace("\n", "\n  ")
 
 
 class FlowResult(msgspec.Struct, frozen=True, kw_only=True):

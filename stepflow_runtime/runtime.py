@@ -25,6 +25,7 @@ from anyio import AsyncContextManagerMixin
 from anyio.abc import TaskStatus
 
 from .api import ApiExecutor
+from .arguments import check_count
 from .crew import Crew
 from .errors import (
     ConnectionLostError,
@@ -38,6 +39,7 @@ from .hosting.signals import Watch, unwatch, unwinding_on_sigterm, watch
 from .hosting.tasks import SameTask
 from .logs.config import LogConfig
 from .logs.entry import LogEntry
+from .logs.ring import Filter, LogFollower
 from .loops import in_event_loop
 from .server.diagnosis import Failures
 from .server.options import ServerOptions, StartOptions, check_seconds
@@ -332,13 +334,49 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
         """
         return self._supervisor.journal.follow()
 
-    def get_recent_logs(self, limit: int = 100) -> list[LogEntry]:
+    def get_recent_logs(
+        self,
+        limit: int = 50,
+        level: str | None = None,
+        run_id: str | None = None,
+        step_id: str | None = None,
+    ) -> list[LogEntry]:
         """Return the newest log entries of the server and its workers, the newest last.
 
         How many are kept is ``LogConfig.keep``. They can be read after the runtime was
-        left, too.
+        left, too. What a worker prints names no run.
+
+        :param limit: how many at most
+        :param level: only those as severe as this level, or more: ``"warn"``, say
+        :param run_id: only those that name this run
+        :param step_id: only those that name this step
+        :raises ValueError: if there is no such level, or the limit is negative
         """
-        return self._supervisor.logs.newest(limit)
+        check_count("limit", limit, least=0)
+        return self._supervisor.logs.newest(limit, Filter(level, run_id, step_id))
+
+    def logs(
+        self,
+        *,
+        level: str | None = None,
+        run_id: str | None = None,
+        step_id: str | None = None,
+        recent: int = 0,
+    ) -> LogFollower:
+        """Follow the log: ``async for entry in runtime.logs(run_id=run_id): ...``.
+
+        Ends when the runtime has stopped and everything was delivered. Any number may
+        follow, in any event loop, and to stop needs no closing. Nobody waits for a slow
+        follower: it loses the oldest entries, and ``follower.lost`` counts them.
+
+        :param level: only entries as severe as this level, or more
+        :param run_id: only those that name this run
+        :param step_id: only those that name this step
+        :param recent: begin with so many of the entries that are there already
+        :raises ValueError: if there is no such level, or ``recent`` is negative
+        """
+        check_count("recent", recent, least=0)
+        return self._supervisor.logs.follow(Filter(level, run_id, step_id), recent)
 
     @property
     def state(self) -> RuntimeState:
@@ -458,7 +496,8 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
         """They come by another way than the answer, and may be a moment behind it."""
         logs: list[tuple[LogEntry, ...]] = []
         for _ in range(_LOG_LOOKS):
-            entries = self._supervisor.logs.newest(_LOOK_BACK)
+            self._supervisor.hurry_logs()
+            entries = self._supervisor.logs.about(run_id, _LOOK_BACK)
             failures = Failures(entries, run_id, since)
             logs = [failures.of(error) for error in errors]
             # A worker's standard error comes by yet another way.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepflow_runtime import FlowStatus, LogConfig, RestartPolicy, wire
-from stepflow_runtime.logs.entry import decode
-from stepflow_runtime.server.diagnosis import causes, last_words, without_ansi
+from stepflow_runtime import FlowError, FlowStatus, LogConfig, RestartPolicy, wire
+from stepflow_runtime.logs.entry import LogEntry, decode
+from stepflow_runtime.server.diagnosis import (
+    Failures,
+    causes,
+    last_words,
+    without_ansi,
+)
 from stepflow_runtime.server.options import DEFAULT_CONFIG, ServerOptions
 from stepflow_runtime.server.process import ServerExit
 from stepflow_runtime.server.restart import MAX_BACKOFF, GiveUp, Restart, decide
@@ -150,6 +156,132 @@ def test_endless_lines_do_not_make_an_endless_message() -> None:
     assert "\x1b" not in words
 
 
+def test_all_lines_of_the_last_traceback_are_among_the_last_words() -> None:
+    traceback = (
+        b"Traceback (most recent call last):\n  File x\n\x1b[31mKeyError\x1b[0m: 5"
+    )
+    words = last_words([decode(b"\rstarting\r", "stderr"), decode(traceback, "stderr")])
+    assert words == (
+        "standard error (server and workers):\n"
+        "  \n  starting\n"
+        "  Traceback (most recent call last):\n    File x\n  KeyError: 5"
+    )
+
+
+def test_of_many_lines_the_last_ones_are() -> None:
+    def told(*entries: bytes) -> list[str]:
+        words = last_words([decode(each, "stderr") for each in entries])
+        return words.splitlines()[1:]
+
+    def numbered(*numbers: int) -> bytes:
+        return b"\n".join(b"%d" % number for number in numbers)
+
+    last_60 = [f"  {number}" for number in range(40, 100)]
+    assert told(numbered(*range(100))) == last_60
+    assert told(numbered(*range(50)), numbered(*range(50, 100))) == last_60
+    assert told(*(numbered(number) for number in range(100))) == last_60
+
+
+# -- what was logged of a failure ------------------------------------------------------
+
+FRAMES = "Traceback (most recent call last):\n  File x, line 5\n"
+BOXED = "  + Exception Group Traceback (most recent call last):\n  | File x\n  +----\n"
+
+
+def printed(message: str, frames: str = FRAMES, *, name: str = "shout") -> LogEntry:
+    """What a worker prints of a component that raised."""
+    ended = message if message.endswith("\n") else f"{message}\n"
+    text = f"Component {name} failed: {ended}{frames}ValueError: {message}"
+    return decode(text.encode(), "stderr")
+
+
+def logs_of(message: str, *entries: LogEntry, **details: Any) -> list[LogEntry]:
+    error = FlowError(
+        code="COMPONENT_FAILED", message=message, component="/python/shout"
+    )
+    failures = Failures(entries, "r", details.get("since"))
+    return list(failures.of(msgspec.structs.replace(error, **details.get("error", {}))))
+
+
+@pytest.mark.parametrize("frames", [FRAMES, BOXED])
+@pytest.mark.parametrize(
+    "message",
+    [
+        "no",
+        "two\nlines",
+        "\n\nlate",
+        "ends\n",
+        " spaces \n too",
+        "\u2028\x85\r",
+        FRAMES,
+    ],
+)
+def test_a_traceback_is_known_by_the_words_of_its_error(
+    message: str, frames: str
+) -> None:
+    of_it = printed(message, frames)
+    others = [printed(f"{message} more"), printed(f"{message}\nmore"), printed("other")]
+    assert logs_of(message, *others, of_it, *others) == [of_it]
+
+
+@pytest.mark.parametrize("message", ["", wire.NO_REASON])
+def test_an_error_without_words_has_a_traceback_too(message: str) -> None:
+    of_it = printed("")
+    assert logs_of(message, printed("no"), of_it) == [of_it]
+
+
+def test_of_tracebacks_that_are_alike_the_newest_is_taken() -> None:
+    first, second = printed("no"), printed("no")
+    (found,) = logs_of("no", first, second)
+    assert found is second
+    assert logs_of("no", first, printed("no", BOXED)) == []
+
+
+def test_a_traceback_is_of_the_errors_component_and_time() -> None:
+    earlier, now, later = printed("no"), datetime.now(UTC), printed("no")
+    assert logs_of("no", printed("no", name="whisper"), later) == [later]
+    assert logs_of("no", printed("no", name="whisper")) == []
+    assert logs_of("no", earlier, since=now) == []
+    assert logs_of("no", earlier, later, since=now) == [later]
+    anywhere = printed("no", name="whisper")
+    assert logs_of("no", anywhere, error={"component": None}) == [anywhere]
+
+
+def test_a_traceback_may_begin_with_a_cause_that_was_never_raised() -> None:
+    link = "The above exception was the direct cause of the following exception:"
+    of_it = printed("no\nnever", f"KeyError: 5\n\n{link}\n\n{FRAMES}")
+    assert logs_of("no\nnever", of_it) == [of_it]
+    assert logs_of("no", of_it) == []
+
+
+def test_a_report_that_a_pause_has_cut_is_put_together() -> None:
+    announced = decode(b"Component shout failed: no\nnever", "stderr")
+    rest = decode(FRAMES.encode(), "stderr")
+    stranger = decode(b"a print", "stderr")
+    assert logs_of("no\nnever", announced, rest, stranger) == [announced, rest]
+    assert logs_of("no\nnever", announced, stranger, rest) == []
+    assert logs_of("no\nnever", stranger, announced) == []
+
+
+def test_what_the_server_says_of_the_run_is_there_in_plain_words() -> None:
+    def said(**fields: Any) -> LogEntry:
+        line = {"timestamp": "2026-11-23T02:27:44Z", "level": "WARN", **fields}
+        return decode(json.dumps(line).encode(), "stdout")
+
+    told = said(message=REPORT, diags={"run_id": "r"})
+    others = [
+        said(message="of another run", diags={"run_id": "s"}),
+        said(message="no trouble", level="INFO", diags={"run_id": "r"}),
+        said(message="of another step", diags={"run_id": "r", "step_id": "b"}),
+    ]
+    logs = logs_of("no", told, *others, printed("no"), error={"step_id": "a"})
+    assert [entry.stream for entry in logs] == ["stdout", "stderr"]
+    assert logs[0].message == "\n".join(causes(REPORT))
+    assert not Failures([told, *others], "r", None).is_all
+    last = said(message="Items execution completed: r", level="INFO")
+    assert Failures([told, last], "r", None).is_all
+
+
 # -- commands --------------------------------------------------------------------------
 
 
@@ -181,6 +313,73 @@ def test_an_option_has_the_say_over_a_variable_in_env() -> None:
     bound = command(ServerOptions(env=env, port=5, config_path={}))
     assert {"--port", "--config-stdin"} <= set(bound.argv)
     assert bound.stdin == b"{}"
+
+
+@pytest.mark.parametrize(
+    ("config", "format"),
+    [
+        (LogConfig(format="text"), "json"),  # entries are made of it
+        (LogConfig(format="text", capture=False), "text"),
+        (LogConfig(format="json", capture=False), "json"),
+    ],
+)
+def test_lines_that_are_not_captured_are_printed_in_their_format(
+    config: LogConfig, format: str
+) -> None:
+    argv = command(ServerOptions(log_config=config)).argv
+    assert argv[argv.index("--log-format") + 1] == format
+
+
+COLLECTOR = "http://collector:4317"
+
+
+def log_words(env: dict[str, str] | None = None, **fields: Any) -> set[str]:
+    """The arguments that a LogConfig makes beyond those that are always there."""
+    config = LogConfig(**fields)
+    usual = command(ServerOptions(log_config=LogConfig(level=config.level)))
+    made = command(ServerOptions(log_config=config, env=env or {}))
+    return set(made.argv) - set(usual.argv)
+
+
+def test_logs_and_on_request_traces_and_metrics_go_to_a_collector() -> None:
+    logs = {"otlp", "--otlp-endpoint", COLLECTOR}
+    assert log_words(otlp_endpoint=COLLECTOR) == logs
+    traced = log_words(otlp_endpoint=COLLECTOR, otlp_traces=True)
+    assert traced == logs | {"--trace-enabled"}
+    measured = log_words(otlp_endpoint=COLLECTOR, otlp_metrics=True)
+    assert measured == logs | {"--metrics-enabled"}
+
+
+@pytest.mark.parametrize("level", ["trace", "debug"])
+def test_what_sends_the_logs_does_not_log_at_the_lowest_levels(level: str) -> None:
+    assert log_words(level=level) == set()
+    quiet = {"--other-log-level", "info"}
+    assert quiet <= log_words(level=level, otlp_endpoint=COLLECTOR)
+    env = {"STEPFLOW_OTHER_LOG_LEVEL": "debug"}
+    assert not quiet & log_words(env, level=level, otlp_endpoint=COLLECTOR)
+
+
+def test_a_variable_in_env_has_no_say_over_the_options_of_a_log_config() -> None:
+    env = {
+        "STEPFLOW_OTLP_ENDPOINT": "http://elsewhere:4317",
+        "STEPFLOW_TRACE_ENABLED": "false",
+        "STEPFLOW_METRICS_ENABLED": "false",
+        "STEPFLOW_LOG_LEVEL": "error",
+        "STEPFLOW_LOG_FORMAT": "json",
+    }
+    fields = {"otlp_endpoint": COLLECTOR, "otlp_traces": True, "otlp_metrics": True}
+    words = {COLLECTOR, "--trace-enabled", "--metrics-enabled"}
+    assert words <= log_words(env, **fields)
+    config = LogConfig(level="warn", capture=False, format="text")
+    assert {"warn", "text"} <= set(
+        command(ServerOptions(log_config=config, env=env)).argv
+    )
+
+
+def test_a_variable_in_env_keeps_the_logs_from_a_collector() -> None:
+    env = {"STEPFLOW_LOG_DESTINATION": "stdout"}
+    words = log_words(env, otlp_endpoint=COLLECTOR, otlp_traces=True)
+    assert words == {"--otlp-endpoint", COLLECTOR, "--trace-enabled"}
 
 
 def test_what_is_inherited() -> None:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ import trio
 from blockbuster import BlockBuster
 
 from stepflow_runtime import (
+    LogConfig,
+    LogEntry,
     RestartPolicy,
     RunLostError,
     RuntimeState,
@@ -34,6 +36,7 @@ from stepflow_runtime import (
     ServerStartError,
     StepflowRuntime,
 )
+from stepflow_runtime.loops import post
 
 from .conftest import (
     ECHO,
@@ -44,6 +47,24 @@ from .conftest import (
     processes_left,
     wait_until,
 )
+
+
+@contextmanager
+def held_up(runtime: StepflowRuntime, blockbuster: BlockBuster) -> Iterator[None]:
+    """Hold up the thread that the runtime lives in."""
+    blockbuster.deactivate()
+    stuck, free = threading.Event(), threading.Event()
+
+    def hold_up() -> None:
+        stuck.set()
+        free.wait(60)
+
+    post(runtime._supervisor._loop, hold_up)
+    assert stuck.wait(15)
+    try:
+        yield
+    finally:
+        free.set()
 
 
 def our_threads() -> list[str]:
@@ -496,40 +517,24 @@ def test_an_async_on_crash_that_blocks_does_not_hold_up_the_restart() -> None:
 def test_a_crash_while_the_supervisor_is_held_up_is_a_crash(
     blockbuster: BlockBuster,
 ) -> None:
-    """A log handler takes its time, and the server dies meanwhile: no bare broken
-    connection comes of it."""
-    stuck = threading.Event()
-
-    class Slow(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if not stuck.is_set():
-                stuck.set()
-                time.sleep(2.5)
+    """The server dies meanwhile: no bare broken connection comes of it."""
 
     async def call_and_kill() -> None:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(call)
-            await wait_until(stuck.is_set)
-            kill_server(runtime)
-            await anyio.sleep(0.1)
-            tasks.start_soon(call)
+            await wait_until(lambda: any(e.run_id for e in runtime.get_recent_logs()))
+            with held_up(runtime, blockbuster):
+                kill_server(runtime)
+                await anyio.sleep(0.1)
+                tasks.start_soon(call)
+                await anyio.sleep(2.5)
 
     async def call() -> None:
         with pytest.raises(ServerCrashedError, match="SIGKILL"):
             await runtime.run(SLEEP, 30_000)
 
-    blockbuster.deactivate()
-    logger = logging.getLogger("stepflow.server")
-    handler = Slow()
-    level = logger.level
     with StepflowRuntime.start() as runtime:
-        logger.setLevel("INFO")
-        logger.addHandler(handler)
-        try:
-            asyncio.run(call_and_kill())
-        finally:
-            logger.removeHandler(handler)
-            logger.setLevel(level)
+        asyncio.run(call_and_kill())
 
 
 # -- state changes ---------------------------------------------------------------------
@@ -662,39 +667,60 @@ def test_stop_is_bounded_for_a_server_that_hears_nothing() -> None:
     assert processes_left() == []
 
 
-def test_a_stop_that_a_log_handler_holds_up_kills_the_server(
+def test_a_stop_that_is_held_up_kills_the_server(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
     blockbuster: BlockBuster,
 ) -> None:
-    """It may be waiting for a lock that the very thread holds that waits for the stop."""
-    stuck, free = threading.Event(), threading.Event()
-
-    class Stuck(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            stuck.set()
-            free.wait(60)
-
-    blockbuster.deactivate()
+    """Its thread may be waiting for a lock that is held by whoever waits for the stop."""
     monkeypatch.setattr("stepflow_runtime.server.supervisor.LONGEST_KILL", 0.5)
-    logger = logging.getLogger("stepflow.server")
-    handler = Stuck()
     runtime = StepflowRuntime.start(shutdown_timeout=0.2)
-    caplog.set_level("INFO", logger.name)
-    logger.addHandler(handler)
-    try:
-        asyncio.run(runtime.run(ECHO, 1))
-        assert stuck.wait(15)
-        server = psutil.Process(runtime.pid)
+    server = psutil.Process(runtime.pid)
+    with held_up(runtime, blockbuster):
         runtime.stop()
         # Who would reap it is held up, too.
         assert server.status() == psutil.STATUS_ZOMBIE
         assert "a stop was held up" in caplog.text
+    runtime.stop()
+    assert runtime.state is RuntimeState.STOPPED
+
+
+@pytest.mark.parametrize("name", ["stepflow.server", "redact"])
+def test_a_log_handler_that_blocks_holds_up_no_stop(
+    caplog: pytest.LogCaptureFixture, name: str, blockbuster: BlockBuster
+) -> None:
+    stuck, free = threading.Event(), threading.Event()
+
+    def block() -> None:
+        stuck.set()
+        free.wait(60)
+
+    class Stuck(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            block()
+
+    def redact(entry: LogEntry) -> LogEntry:
+        if entry.run_id is not None:
+            block()
+        return entry
+
+    config = LogConfig(redact=redact if name == "redact" else None)
+    logger = logging.getLogger("stepflow.server")
+    handler = Stuck()
+    runtime = StepflowRuntime.start(log_config=config)
+    caplog.set_level("INFO", logger.name)
+    if name != "redact":
+        logger.addHandler(handler)
+    try:
+        asyncio.run(runtime.run(ECHO, 1))
+        assert stuck.wait(15)
+        runtime.stop()
+        assert runtime.state is RuntimeState.STOPPED
+        assert processes_left() == []
+        assert "held up" not in caplog.text
     finally:
         logger.removeHandler(handler)
         free.set()
-    runtime.stop()
-    assert runtime.state is RuntimeState.STOPPED
 
 
 def test_of_several_stops_the_most_impatient_has_the_say() -> None:
@@ -751,37 +777,19 @@ os._exit(0)
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
+@each_backend
 @pytest.mark.anyio
 async def test_a_stop_that_is_held_up_kills_the_server_in_a_loop_too(
     monkeypatch: pytest.MonkeyPatch, blockbuster: BlockBuster
 ) -> None:
-    stuck, free = threading.Event(), threading.Event()
-
-    class Stuck(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            stuck.set()
-            free.wait(60)
-
-    blockbuster.deactivate()
     monkeypatch.setattr("stepflow_runtime.server.supervisor.LONGEST_KILL", 0.2)
-    logger = logging.getLogger("stepflow.server")
-    handler, level = Stuck(), logger.level
     runtime = await StepflowRuntime.start_async(shutdown_timeout=0.1)
-    logger.setLevel("INFO")
-    logger.addHandler(handler)
-    try:
-        await runtime.run(ECHO, 1)
-        await wait_until(stuck.is_set)
-        server = psutil.Process(runtime.pid)
+    server = psutil.Process(runtime.pid)
+    with held_up(runtime, blockbuster):
         await runtime.stop_async()
         assert server.status() == psutil.STATUS_ZOMBIE
         with pytest.raises(RuntimeStoppedError):
             await runtime.run(ECHO, 1)
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        free.set()
     await runtime.stop_async()
 
 

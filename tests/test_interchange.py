@@ -488,8 +488,10 @@ SHOUT = {
 
 
 def lines(error: FlowError | None) -> list[str]:
+    """What the worker printed: one entry, of several lines."""
     assert error is not None
-    return [entry.message for entry in error.logs]
+    (printed,) = (entry for entry in error.logs if entry.stream == "stderr")
+    return printed.message.split("\n")
 
 
 def assert_is_traceback(printed: list[str], last: str) -> None:

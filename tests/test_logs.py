@@ -1,24 +1,44 @@
-"""Lines, entries, sinks and the pump, without a server."""
+"""Lines, entries, the ring, sinks and the pump, without a server."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from functools import partial
+from typing import Any
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
+import msgspec
 import pytest
+from blockbuster import BlockBuster
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepflow_runtime import LogConfig, LogEntry
-from stepflow_runtime.logs.entry import decode
-from stepflow_runtime.logs.pump import MAX_LINE, LineCutter, pump
-from stepflow_runtime.logs.sinks import MAX_KEPT, LogHub
-from stepflow_runtime.server.platform import read
+from stepflow_runtime import LogConfig, LogEntry, LogFollower
+from stepflow_runtime.logs.entry import decode, told_level
+from stepflow_runtime.logs.grouping import Grouper
+from stepflow_runtime.logs.pump import MAX_LINE, LineCutter, Pump
+from stepflow_runtime.logs.ring import MAX_KEPT, Filter, Ring
+from stepflow_runtime.logs.sinks import LogHub
+from stepflow_runtime.server.platform.posix import Bell, Pipe
 
+from .conftest import each_backend
+
+DIAGS = {
+    "trace_id": "t",
+    "span_id": "s",
+    "sampled": True,
+    "run_id": "r",
+    "flow_id": "f",
+    "step_id": "a",
+}
 LINE = {
     "timestamp": "2026-11-23T02:27:44.413575+00:00",
     "level": "WARN",
@@ -26,15 +46,29 @@ LINE = {
     "file": "crates/x.rs",
     "line": 759,
     "message": "Starting",
-    "diags": {
-        "trace_id": "t",
-        "span_id": "s",
-        "sampled": True,
-        "run_id": "r",
-        "flow_id": "f",
-        "step_id": "a",
-    },
+    "diags": DIAGS,
 }
+AT = datetime(2026, 11, 23, 2, 27, 44, 413575, tzinfo=UTC)
+ENTRY = LogEntry(
+    timestamp=AT,
+    level="WARN",
+    message="Starting",
+    stream="stdout",
+    target="stepflow_execution::flow_executor",
+    file="crates/x.rs",
+    line=759,
+    run_id="r",
+    flow_id="f",
+    step_id="a",
+    trace_id="t",
+    span_id="s",
+    extra={"diags": {"sampled": True}},
+)
+
+
+def line(**fields: Any) -> bytes:
+    """A line as the server writes it."""
+    return json.dumps({**LINE, **fields}, separators=(",", ":")).encode()
 
 
 # -- lines -----------------------------------------------------------------------------
@@ -54,33 +88,55 @@ def test_a_line_over_the_cap_says_how_much_was_dropped(
     cutter = LineCutter(cap)
     lines = [line for chunk in chunks for line in cutter.cut(chunk)]
     whole = b"".join(chunks).split(b"\n")
-    for line, original in zip([*lines, cutter.rest()], whole, strict=True):
+    for cut, original in zip([*lines, cutter.rest()], whole, strict=True):
         if len(original) <= cap:
-            assert line == original
+            assert cut == original
         else:
             dropped = len(original) - cap
-            assert line == original[:cap] + b" ... [%d more bytes dropped]" % dropped
+            assert cut == original[:cap] + b" ... [%d more bytes dropped]" % dropped
+
+
+def test_100_megabytes_without_a_newline_take_the_memory_of_one_line() -> None:
+    cutter = LineCutter()
+    for _ in range(100):
+        assert cutter.cut(b"x" * 1024 * 1024) == []
+    (cut,) = cutter.cut(b"\n")
+    assert cut == b"x" * MAX_LINE + b" ... [%d more bytes dropped]" % (99 * 1024 * 1024)
 
 
 # -- entries ---------------------------------------------------------------------------
 
 
 def test_a_log_line_becomes_an_entry() -> None:
-    entry = decode(json.dumps(LINE).encode(), "stdout")
-    assert entry == LogEntry(
-        timestamp=datetime(2026, 11, 23, 2, 27, 44, 413575, tzinfo=UTC),
-        level="WARN",
-        message="Starting",
-        stream="stdout",
-        target="stepflow_execution::flow_executor",
-        file="crates/x.rs",
-        line=759,
-        run_id="r",
-        flow_id="f",
-        step_id="a",
-        trace_id="t",
-        span_id="s",
+    assert decode(line(), "stdout") == ENTRY
+
+
+def test_what_an_entry_has_no_field_for_is_in_extra() -> None:
+    odd = line(
+        level="notice",
+        line="x",
+        target=None,
+        name="n",
+        args=[1],
+        diags={**DIAGS, "run_id": 5, "user": "u"},
     )
+    assert decode(odd, "stdout") == msgspec.structs.replace(
+        ENTRY,
+        level="INFO",
+        line=None,
+        target="",
+        run_id=None,
+        extra={
+            "level": "notice",
+            "line": "x",
+            "target": None,
+            "name": "n",
+            "args": [1],
+            "diags": {"run_id": 5, "sampled": True, "user": "u"},
+        },
+    )
+    assert decode(line(diags=[1]), "stdout").extra == {"diags": [1]}
+    assert decode(line(level="warning"), "stdout").level == "WARN"
 
 
 @pytest.mark.parametrize(
@@ -90,13 +146,18 @@ def test_a_log_line_becomes_an_entry() -> None:
         b"[1]",
         b"5",
         b"null",
+        b'"text"',
         b"{}",
         b'{"level": 1}',
         b"{" * 100_000,
-        json.dumps({**LINE, "timestamp": "0000-01-01T00:00:00Z"}).encode(),
-        json.dumps({**LINE, "timestamp": "99999-01-01T00:00:00Z"}).encode(),
-        json.dumps({**LINE, "timestamp": "2026-11-23T02:27:44"}).encode(),
-        json.dumps({**LINE, "diags": [1]}).encode(),
+        line(timestamp="0000-01-01T00:00:00Z"),
+        line(timestamp="99999-01-01T00:00:00Z"),
+        line(timestamp="2026-11-23T02:27:44"),
+        line(timestamp=5),
+        line(message=None),
+        line(level=3),
+        line()[:-1],
+        line()[:70],
         b"\xff\xfe nul \0",
     ],
 )
@@ -107,115 +168,585 @@ def test_a_line_of_another_kind_is_an_entry_too(line: bytes) -> None:
     assert entry.timestamp.tzinfo is not None
 
 
-@given(st.binary())
-def test_decoding_never_raises(line: bytes) -> None:
-    assert isinstance(decode(line, "stdout").message, str)
+def test_a_line_that_was_cut_off_keeps_its_time_stamp_whenever_it_is_looked_at() -> (
+    None
+):
+    assert decode(line()[:-20], "stdout").timestamp == AT
 
 
-# -- sinks -----------------------------------------------------------------------------
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=4) | st.sampled_from(sorted(LINE)), inner)
+    ),
+    max_leaves=8,
+)
+KEYS = st.sampled_from([*sorted(LINE), "extra", "stream", "run_id", "name", "module"])
 
 
-def test_a_record_carries_the_servers_time_and_level_and_the_entry(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    caplog.set_level(1, "stepflow.server")
-    hub = LogHub(LogConfig())
-    hostile = {**LINE, "name": "x", "args": [1], "message": "100 % {sure} %s"}
-    hub.take(decode(json.dumps({**hostile, "level": "TRACE"}).encode(), "stdout"))
-    (record,) = caplog.records
-    assert record.getMessage() == "100 % {sure} %s"
-    assert (record.levelname, record.levelno) == ("TRACE", 5)
-    assert record.created == datetime(2026, 11, 23, 2, 27, 44, 413575, UTC).timestamp()
-    assert record.msecs == 413
-    assert (record.pathname, record.lineno) == ("crates/x.rs", 759)
-    assert record.stepflow is hub.newest(1)[0]  # type: ignore[attr-defined]
+@given(
+    st.dictionaries(KEYS, JSON).map(lambda changes: line(**changes))
+    | st.binary()
+    | JSON.map(lambda value: json.dumps(value).encode())
+)
+def test_decoding_never_raises_and_loses_nothing(raw: bytes) -> None:
+    entry = decode(raw, "stdout")
+    assert entry.level in ("TRACE", "DEBUG", "INFO", "WARN", "ERROR")
+    assert entry.timestamp.tzinfo is not None
+    if entry.message == raw.decode(errors="replace"):
+        return
+    fields = json.loads(raw)
+    for name in ("timestamp", "message", "level", "target", "file", "line", "diags"):
+        value = fields.pop(name, None)
+        if name == "diags" and isinstance(value, dict):
+            kept = entry.extra.get("diags", {})
+            for key, each in value.items():
+                assert_same(kept[key] if key in kept else getattr(entry, key), each)
+        elif name == "timestamp":
+            assert entry.timestamp.isoformat()
+        elif value is not None and name not in entry.extra:
+            told = getattr(entry, name)
+            assert told == value or (name == "level" and told == value.upper())
+    for name, value in fields.items():
+        assert_same(entry.extra[name], value)
 
 
-def test_without_a_logger_the_ring_is_all_there_is(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def assert_same(one: object, other: object) -> None:
+    """In JSON, where NaN is like itself."""
+    assert json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+
+
+@pytest.mark.parametrize("level", ["TRACE", "DEBUG", "INFO", "WARN", "ERROR"])
+def test_the_level_of_a_line_is_told_at_a_glance(level: str) -> None:
+    assert told_level(line(level=level)) == level
+    assert told_level(b" " + line(level=level)) is None
+    assert told_level(b"x" * 1000) is None
+
+
+# -- the ring --------------------------------------------------------------------------
+
+
+def hub_of(**fields: Any) -> LogHub:
+    return LogHub(LogConfig(**{"python_logger": None, **fields}))
+
+
+def messages(entries: Sequence[LogEntry]) -> list[str]:
+    return [entry.message for entry in entries]
+
+
+def test_the_ring_keeps_the_newest(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(1)
-    hub = LogHub(LogConfig(python_logger=None, keep=2))
-    for number in range(5):
-        hub.take(decode(b"%d" % number, "stdout"))
-    assert [entry.message for entry in hub.newest(10)] == ["3", "4"]
-    assert [entry.message for entry in hub.since(4)] == ["4"]
+    hub = hub_of(keep=2)
+    hub.take("stdout", [b"0", b"1"])
+    hub.take("stdout", [b"2", line(message="3")])
+    assert messages(hub.newest(10)) == ["2", "3"]
+    assert messages(hub.newest(1)) == ["3"]
+    assert messages(hub.newest(0)) == []
+    assert messages(hub.since(3, 10)) == ["3"]
+    hub.take("stderr", [b"%d" % number for number in range(4, 9)])
+    assert messages(hub.newest(10)) == ["7", "8"]
+    assert hub.taken == 9
     assert caplog.records == []
 
 
-def test_the_ring_is_bounded_in_characters_too() -> None:
-    hub = LogHub(LogConfig(python_logger=None))
-    for _ in range(100):
-        hub.take(decode(b"x" * MAX_LINE, "stderr"))
-    kept = hub.newest(100)
-    assert sum(len(entry.message) for entry in kept) <= MAX_KEPT
-    assert len(kept) == MAX_KEPT // MAX_LINE
+@pytest.mark.parametrize("is_json", [False, True])
+def test_the_ring_is_bounded_in_bytes_too(is_json: bool) -> None:
+    hub = hub_of()
+    long = line(padding="x" * MAX_LINE) if is_json else b"x" * MAX_LINE
+    for _ in range(40):
+        hub.take("stdout", [long])
+    assert len(hub.newest(100)) == MAX_KEPT // len(long)
+
+
+def test_what_is_wanted_is_picked() -> None:
+    hub = hub_of()
+    for number, level in enumerate(["ERROR", "INFO", "WARN", "DEBUG", "ERROR"]):
+        diags = {"run_id": f"run-{number % 2}", "step_id": "a" if number > 1 else "b"}
+        hub.take("stdout", [line(message=str(number), level=level, diags=diags)])
+    hub.take("stderr", [b"Traceback"])
+
+    def picked(limit: int = 100, **wanted: str) -> list[str]:
+        return messages(hub.newest(limit, Filter(**wanted)))
+
+    assert picked(level="warn") == ["0", "2", "4", "Traceback"]
+    assert picked(level="WARN", limit=2) == ["4", "Traceback"]
+    assert picked(run_id="run-0") == ["0", "2", "4"]
+    assert picked(run_id="run-0", limit=2) == ["2", "4"]
+    assert picked(run_id="run-1", step_id="a") == ["3"]
+    assert picked(run_id="run-1", step_id="a", level="error") == []
+    assert picked(run_id="run") == []
+
+
+@given(st.text(), st.text())
+def test_an_id_is_found_however_json_writes_it(run_id: str, other: str) -> None:
+    hub = hub_of()
+    for each in (run_id, other):
+        hub.take("stdout", [line(diags={"run_id": each})])
+    expected = 1 + (run_id == other)
+    assert len(hub.newest(10, Filter(run_id=run_id))) == expected
+
+
+@pytest.mark.parametrize("level", ["notice", "", 3, "WARNING"])
+def test_a_level_that_is_none_is_refused(level: Any) -> None:
+    with pytest.raises(ValueError, match="level must be one of trace, debug, info"):
+        Filter(level)
+
+
+# -- followers -------------------------------------------------------------------------
+
+
+@pytest.mark.anyio
+async def test_a_follower_gets_what_comes_and_ends_with_the_log() -> None:
+    hub = hub_of()
+    hub.take("stdout", [b"0", b"1"])
+    found: dict[int, list[str]] = {}
+
+    async def follow(recent: int) -> None:
+        follower = hub.follow(Filter(), recent)
+        begun.append(recent)
+        found[recent] = [entry.message async for entry in follower]
+        assert follower.lost == 0
+
+    begun: list[int] = []
+    async with anyio.create_task_group() as tasks:
+        for recent in (0, 1, 100):
+            tasks.start_soon(follow, recent)
+        while len(begun) < 3:
+            await anyio.lowlevel.checkpoint()
+        for number in range(2, 6):
+            await anyio.to_thread.run_sync(hub.take, "stdout", [b"%d" % number])
+        hub.end()
+    assert found[0] == ["2", "3", "4", "5"]
+    assert found[1] == ["1", "2", "3", "4", "5"]
+    assert found[100] == ["0", "1", "2", "3", "4", "5"]
+    assert [e async for e in hub.follow(Filter(), 0)] == []
+    assert len([e async for e in hub.follow(Filter(), 3)]) == 3
+
+
+@pytest.mark.anyio
+async def test_a_slow_follower_loses_the_oldest_which_are_counted() -> None:
+    hub = hub_of(keep=10)
+    follower = hub.follow(Filter(), 0)
+    hub.take("stdout", [b"%d" % number for number in range(25)])
+    assert (await anext(follower)).message == "15"
+    assert follower.lost == 15
+    hub.take("stdout", [b"%d" % number for number in range(25, 37)])
+    hub.end()
+    assert [entry.message async for entry in follower] == [
+        *map(str, range(16, 25)),
+        *map(str, range(27, 37)),
+    ]
+    assert follower.lost == 17
+
+
+@pytest.mark.anyio
+async def test_a_cancelled_follower_loses_nothing() -> None:
+    hub = hub_of()
+    follower = hub.follow(Filter(), 0)
+    for _ in range(3):
+        with anyio.move_on_after(0.01):
+            await anext(follower)
+    hub.take("stdout", [b"0", b"1"])
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        await anext(follower)
+    hub.end()
+    assert [entry.message async for entry in follower] == ["0", "1"]
+
+
+# -- the Python logger -----------------------------------------------------------------
+
+
+class Plain(logging.LogRecord):
+    pass
+
+
+class OwnLogger(logging.Logger):
+    def makeRecord(self, *args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = super().makeRecord(*args, **kwargs)
+        record.own = True
+        return record
+
+
+@pytest.fixture(params=["plain", "factory", "class"])
+def made_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Who makes records: we, a factory of the program's, or its class of loggers."""
+    if request.param == "factory":
+        monkeypatch.setattr(logging, "_logRecordFactory", Plain)
+    name = f"test.{request.param}"
+    if request.param == "class":
+        logger = OwnLogger(name)
+        logger.parent = logging.getLogger()
+        monkeypatch.setitem(logging.Logger.manager.loggerDict, name, logger)
+    yield request.param, name
+
+
+def test_a_record_carries_the_servers_time_and_level_and_the_entry(
+    caplog: pytest.LogCaptureFixture, made_by: tuple[str, str]
+) -> None:
+    kind, name = made_by
+    logging.getLogger(name).setLevel(1)
+    hub = hub_of(python_logger=name)
+    hostile = {"name": "x", "args": [1], "module": 5, "exc_info": True, "msg": "no"}
+    hub.take("stdout", [line(message="100 % {sure} %s", level="TRACE", **hostile)])
+    hub.take("stderr", [b"a traceback"])
+    first, second = caplog.records
+    assert first.getMessage() == "100 % {sure} %s"
+    assert (first.levelname, first.levelno) == ("TRACE", 5)
+    assert first.created == AT.timestamp()
+    assert first.msecs == 413
+    assert (first.name, first.module, first.args) == (name, "x", ())
+    assert (first.pathname, first.filename, first.lineno) == (
+        "crates/x.rs",
+        "x.rs",
+        759,
+    )
+    assert first.exc_info is None
+    (entry, _) = hub.newest(2)
+    assert first.stepflow == entry  # type: ignore[attr-defined]
+    assert entry.extra["name"] == "x"
+    assert (second.levelname, second.pathname) == ("WARNING", "(stderr)")
+    assert isinstance(first, Plain) == (kind == "factory")
+    assert hasattr(first, "own") == (kind == "class")
+
+
+def test_records_have_what_ordinary_ones_have(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(1, "stepflow.server")
+    hub = hub_of(python_logger="stepflow.server")
+    hub.take("stdout", [line(), line(message="again")])
+    logging.getLogger("stepflow.server").info("an ordinary one")
+    first, again, ordinary = caplog.records
+    for record in (first, again):
+        # caplog's formatter has added some to all of them.
+        assert record.__dict__.keys() - {"stepflow"} == ordinary.__dict__.keys()
+        for name, value in ordinary.__dict__.items():
+            assert isinstance(record.__dict__[name], type(value) | None), name
+    assert again.relativeCreated == first.relativeCreated
+    assert ordinary.created - first.created == pytest.approx(
+        (ordinary.relativeCreated - first.relativeCreated) / 1000, abs=0.001
+    )
+    assert (first.process, first.name) == (os.getpid(), "stepflow.server")
+
+
+def test_levels_and_handlers_count_as_for_any_logger() -> None:
+    class Handler(logging.Handler):
+        def __init__(self, level: int = 0) -> None:
+            super().__init__(level)
+            self.seen: list[str] = []
+
+        def emit(self, record: logging.LogRecord) -> None:
+            self.seen.append(record.getMessage())
+
+    parent, logger = logging.getLogger("test.tree"), logging.getLogger("test.tree.leaf")
+    above, at, picky = Handler(), Handler(), Handler(logging.ERROR)
+    parent.addHandler(above)
+    logger.addHandler(at)
+    logger.addHandler(picky)
+    hub = hub_of(python_logger="test.tree.leaf")
+
+    def seen(*levels: str) -> tuple[list[str], ...]:
+        hub.take("stdout", [line(level=level, message=level) for level in levels])
+        found = above.seen, at.seen, picky.seen
+        above.seen, at.seen, picky.seen = [], [], []
+        return found
+
+    try:
+        logger.setLevel(logging.WARNING)
+        assert seen("INFO", "WARN", "ERROR") == (
+            ["WARN", "ERROR"],
+            ["WARN", "ERROR"],
+            ["ERROR"],
+        )
+        logger.setLevel(5)
+        logger.propagate = False
+        assert seen("TRACE") == ([], ["TRACE"], [])
+        logger.addFilter(lambda record: "E" in record.getMessage())
+        assert seen("DEBUG", "INFO") == ([], ["DEBUG"], [])
+        logging.disable(logging.DEBUG)
+        assert seen("DEBUG", "ERROR") == ([], ["ERROR"], ["ERROR"])
+    finally:
+        logging.disable(logging.NOTSET)
+        for each in (parent, logger):
+            each.handlers.clear()
+            each.filters.clear()
+
+
+def test_a_handler_that_raises_is_reported_once_and_the_others_go_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Raising(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise SystemExit("of a handler")
+
+    hub = hub_of(python_logger="test.raising")
+    logger = logging.getLogger("test.raising")
+    logger.handlers[:] = [Raising()]
+    try:
+        hub.take("stdout", [line(), line()])
+        hub.take("stdout", [line(message="last")])
+    finally:
+        logger.handlers.clear()
+    own = [r for r in caplog.records if r.name == "stepflow_runtime"]
+    (message,) = messages_of(own)
+    assert message.startswith("a handler or filter of the logger 'test.raising' raised")
+    assert messages(hub.newest(3)) == ["Starting", "Starting", "last"]
+
+
+def messages_of(records: Sequence[logging.LogRecord]) -> list[str]:
+    return [record.getMessage() for record in records]
 
 
 def test_a_program_without_logging_gets_nothing_on_stderr(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
-    hub = LogHub(LogConfig(python_logger="somewhere.else"))
-    hub.take(decode(json.dumps(LINE).encode(), "stdout"))
+    hub = hub_of(python_logger="somewhere.else")
+    hub.take("stdout", [line()])
     assert capfd.readouterr() == ("", "")
+
+
+# -- redaction -------------------------------------------------------------------------
+
+
+def test_what_is_redacted_nobody_sees(
+    caplog: pytest.LogCaptureFixture, tmp_path: Any
+) -> None:
+    def redact(entry: LogEntry) -> LogEntry | None:
+        if "drop" in entry.message:
+            return None
+        if "raise" in entry.message:
+            raise ValueError(f"cannot hide {entry.message}")
+        if "wrong" in entry.message:
+            return entry.message  # type: ignore[return-value]
+        return msgspec.structs.replace(
+            entry, message=entry.message.replace("s3cret", "***"), extra={}
+        )
+
+    caplog.set_level(1, "stepflow.server")
+    path = tmp_path / "log"
+    hub = hub_of(python_logger="stepflow.server", file_path=path, redact=redact)
+    hub.open()
+    hub.take("stdout", [line(message=f"{word} s3cret") for word in ("a", "drop", "b")])
+    hub.take("stderr", [b"raise s3cret", b"wrong s3cret"])
+    hub.close()
+    assert messages(hub.newest(10)) == [
+        "a ***",
+        "b ***",
+        "[withheld: log_config.redact raised ValueError]",
+        "[withheld: log_config.redact raised TypeError]",
+    ]
+    assert hub.taken == 4
+    assert len(caplog.records) == 5  # one report
+    assert "s3cret" not in caplog.text
+    assert "s3cret" not in path.read_text()
+    assert len(path.read_text().splitlines()) == 4
 
 
 # -- the pump --------------------------------------------------------------------------
 
 
+class Plumbing:
+    """A pipe with a pump at its end."""
+
+    def __init__(
+        self,
+        take: Callable[[Sequence[bytes]], object],
+        capacity: int = 65536,
+        **more: Any,
+    ) -> None:
+        reading, self.writing = os.pipe()
+        self.pipe = Pipe(os.fdopen(reading, "rb", buffering=0), Bell(), capacity)
+        self.pump = Pump(self.pipe, take, **more)
+
+    def write(self, data: bytes) -> None:
+        while data:
+            data = data[os.write(self.writing, data) :]
+
+    def close(self) -> None:
+        os.close(self.writing)
+        self.writing = -1
+
+
+@pytest.fixture
+def plumb() -> Iterator[Callable[..., Plumbing]]:
+    made: list[Plumbing] = []
+
+    def make(*args: Any, **kwargs: Any) -> Plumbing:
+        made.append(Plumbing(*args, **kwargs))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.pipe.close()
+        if each.writing >= 0:
+            each.close()
+    wait_for_pumps()
+
+
+def wait_for_pumps() -> None:
+    for thread in threading.enumerate():
+        if "log pump" in thread.name:
+            thread.join(10)
+            assert not thread.is_alive()
+
+
 @pytest.mark.anyio
-async def test_the_pump_reads_to_the_end_of_the_pipe() -> None:
-    reading, writing = os.pipe()
-    os.set_blocking(reading, False)
+async def test_the_pump_reads_to_the_end_of_the_pipe(plumb: Any) -> None:
     lines: list[bytes] = []
+    plumbing = plumb(lines.extend)
 
     def write() -> None:
-        with open(writing, "wb", buffering=0) as pipe:
-            pipe.writelines(b"line %d\n" % number for number in range(30_000))
-            pipe.write(b"x" * (MAX_LINE + 5) + b"\nlast")
+        plumbing.write(b"".join(b"line %d\n" % number for number in range(30_000)))
+        plumbing.write(b"x" * (MAX_LINE + 5) + b"\nlast")
+        plumbing.close()
 
+    plumbing.pump.start()
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(anyio.to_thread.run_sync, write)
-        await pump(reading, lines.append, read)
-    os.close(reading)
+        await plumbing.pump.wait()
     assert lines[:30_000] == [b"line %d" % number for number in range(30_000)]
     assert lines[30_000:] == [b"x" * MAX_LINE + b" ... [5 more bytes dropped]", b"last"]
 
 
 @pytest.mark.anyio
-async def test_a_cancelled_pump_hands_on_what_it_has() -> None:
-    reading, writing = os.pipe()
-    os.set_blocking(reading, False)
+async def test_a_pump_that_is_to_finish_takes_what_is_there(plumb: Any) -> None:
+    """Although somebody holds the other end."""
     lines: list[bytes] = []
-    with anyio.move_on_after(0.1):
-        os.write(writing, b"whole\nhalf")
-        await pump(reading, lines.append, read)
-    os.close(reading)
-    os.close(writing)
-    assert lines == [b"whole", b"half"]
+    plumbing = plumb(lines.extend)
+    plumbing.pump.start()
+    plumbing.write(b"whole\nhalf")
+    with anyio.move_on_after(0.05) as scope:
+        await plumbing.pump.wait()
+    assert scope.cancelled_caught
+    plumbing.write(b" and more\nrest")
+    plumbing.pump.finish()
+    await plumbing.pump.wait()
+    assert lines == [b"whole", b"half and more", b"rest"]
 
 
 @pytest.mark.anyio
-async def test_other_tasks_get_their_turn_while_a_flood_comes_in() -> None:
-    reading, writing = os.pipe()
-    os.set_blocking(reading, False)
-    turns = 0
+async def test_a_pipe_is_closed_by_the_last_who_uses_it(plumb: Any) -> None:
+    plumbing = plumb(lambda lines: None)
+    plumbing.pump.start()
+    await anyio.sleep(0.02)
+    plumbing.pipe.close()
+    plumbing.pipe.close()
+    await plumbing.pump.wait()
+    with pytest.raises(BrokenPipeError):
+        os.write(plumbing.writing, b"x")
+    assert plumbing.pipe.read() == b""
 
-    async def take_turns() -> None:
-        nonlocal turns
-        while True:
-            await anyio.lowlevel.checkpoint()
-            turns += 1
 
-    def flood() -> None:
-        with open(writing, "wb", buffering=0) as pipe:
-            pipe.writelines(b"x" * 99 + b"\n" + b"y" * 60_000 for _ in range(200))
+@pytest.mark.anyio
+async def test_the_announcement_is_not_a_line_of_the_log(plumb: Any) -> None:
+    lines: list[bytes] = []
+    heard: list[bytes] = []
 
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(take_turns)
-        tasks.start_soon(anyio.to_thread.run_sync, flood)
-        await pump(reading, lambda line: None, read)
-        tasks.cancel_scope.cancel()
-    os.close(reading)
-    assert turns > 100
+    def hear(line: bytes) -> bool:
+        heard.append(line)
+        return line == b"port"
+
+    plumbing = plumb(lines.extend, hear=hear)
+    plumbing.write(b"one\nport\ntwo\nport\n")
+    plumbing.close()
+    plumbing.pump.start()
+    await plumbing.pump.wait()
+    assert lines == [b"one", b"two", b"port"]
+    assert heard == [b"one", b"port"]
+
+
+@pytest.mark.anyio
+async def test_lines_gather_and_a_hurry_ends_the_gathering(
+    plumb: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stepflow_runtime.server.platform.posix.FASTEST", 1)
+    batches: list[Sequence[bytes]] = []
+    plumbing = plumb(batches.append, capacity=600)
+    plumbing.pump.start()
+    plumbing.write(b"1\n")
+    await until(lambda: batches)
+    plumbing.write(b"2\n")
+    plumbing.write(b"3\n")
+    await anyio.sleep(0.05)
+    assert batches == [[b"1"]]
+    plumbing.pump.hurry()
+    await until(lambda: len(batches) == 2)
+    plumbing.write(b"4\n")
+    plumbing.close()
+    plumbing.pump.finish()
+    await plumbing.pump.wait()
+    assert batches == [[b"1"], [b"2", b"3"], [b"4"]]
+
+
+async def until(condition: Callable[[], object]) -> None:
+    with anyio.fail_after(10):
+        while not condition():  # noqa: ASYNC110
+            await anyio.sleep(0.001)
+
+
+@pytest.mark.anyio
+async def test_what_belongs_together_is_handed_on_when_no_more_comes(
+    plumb: Any,
+) -> None:
+    texts: list[bytes] = []
+    plumbing = plumb(texts.extend, grouper=Grouper())
+    plumbing.pump.start()
+    traceback = b"Traceback (most recent call last):\n  File x\n    y\nValueError: z"
+    plumbing.write(b"before\n" + traceback + b"\n")
+    await until(lambda: texts == [b"before", traceback])
+    plumbing.write(traceback[:40])
+    plumbing.close()
+    await plumbing.pump.wait()
+    assert texts[2] == traceback[:40]
+
+
+@pytest.mark.anyio
+async def test_a_taker_that_raises_does_not_stop_the_pump(
+    plumb: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines: list[bytes] = []
+
+    def take(batch: Sequence[bytes]) -> None:
+        if batch[0].startswith(b"bad"):
+            raise KeyboardInterrupt
+        lines.extend(batch)
+
+    plumbing = plumb(take)
+    plumbing.pump.start()
+    for batch in (b"1\n", b"bad\nworse\n", b"bad\n", b"2\n"):
+        plumbing.write(batch)
+        await anyio.sleep(0.03)
+    plumbing.close()
+    await plumbing.pump.wait()
+    assert lines == [b"1", b"2"]
+    assert messages_of(caplog.records) == ["2 log lines were lost"]
+
+
+@each_backend
+@pytest.mark.anyio
+async def test_a_blocked_event_loop_holds_up_nothing(
+    plumb: Any, blockbuster: BlockBuster
+) -> None:
+    blockbuster.deactivate()
+    hub = hub_of()
+    plumbing = plumb(partial(hub.take, "stdout"))
+    plumbing.pump.start()
+    many = (line() + b"\n") * 10_000  # more than any pipe holds
+    writer = threading.Thread(target=plumbing.write, args=(many,))
+    writer.start()
+    deadline = time.monotonic() + 20
+    while hub.taken < 10_000:  # a busy event loop
+        assert time.monotonic() < deadline
+    writer.join()
+
+
+def test_an_ended_ring_wakes_those_who_follow_from_any_thread() -> None:
+    ring = Ring(10)
+    follower = LogFollower(ring, Filter(), 0)
+
+    async def follow() -> list[LogEntry]:
+        return [entry async for entry in follower]
+
+    threading.Timer(0.05, ring.end).start()
+    assert anyio.run(follow) == []

@@ -6,15 +6,18 @@ for like a pipe, and says when a process has ended. All else of ``macos`` runs a
 
 from __future__ import annotations
 
+import array
 import ctypes
 import errno
+import fcntl
 import importlib
 import os
 import select
 import signal
 import tempfile
+import termios
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -179,7 +182,7 @@ async def test_macos_standard_input_is_what_was_given(
         process = await ServerProcess.spawn(script, command)
     await process.wait_exit()
     kind = b"-rw-------0\n" if size > 65536 else b"prw-------1\n"
-    assert os.read(process.stdout, 100) == kind
+    assert process.stdout.read() == kind
     assert await process.end(lambda: 0) == 0
     assert (tmp_path / "copy").read_bytes() == content
     assert list(directory.iterdir()) == []
@@ -446,14 +449,57 @@ def test_windows_who_cannot_be_asked_is_killed(
     assert kernel32.calls == []
 
 
-async def test_windows_pipes_are_read_and_filled_by_threads() -> None:
+@pytest.fixture
+def windows_pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Any]]:
+    """Makes the Pipe of Windows for a descriptor, which stands for its handle, too."""
+    made = []
+
+    class Kernel32:
+        def PeekNamedPipe(
+            self, fd: int, buffer: None, size: int, read: None, waiting: Any, left: None
+        ) -> int:
+            count = array.array("i", [0])
+            fcntl.ioctl(fd, termios.FIONREAD, count)
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)
+            if not count[0] and any(what & select.POLLHUP for _, what in poll.poll(0)):
+                raise OSError(109, "The pipe has been ended")
+            waiting._obj.value = count[0]
+            return 1
+
+    def make(fd: int) -> Any:
+        made.append(windows.Pipe(Kernel32(), os.fdopen(fd, "rb", buffering=0)))
+        return made[-1]
+
+    monkeypatch.setattr(windows, "_handle_of", lambda fd: fd)
+    yield make
+    for pipe in made:
+        pipe.close()
+
+
+def test_windows_pipes_are_filled_by_threads_and_looked_at(
+    windows_pipe: Callable[[int], Any],
+) -> None:
     content = os.urandom(MAX_CONFIG)
-    reading = windows._fed_pipe(content)
-    got = b""
-    while chunk := await windows.read(reading):
-        got += chunk
-    os.close(reading)
-    assert got == content
+    pipe = windows_pipe(windows._fed_pipe(content))
+    assert b"".join(iter(pipe.read, b"")) == content
+
+
+def test_windows_a_pipe_is_read_until_time_is_up_or_it_is_to_finish(
+    windows_pipe: Callable[[int], Any],
+) -> None:
+    reading, writing = os.pipe()
+    pipe = windows_pipe(reading)
+    assert pipe.read(0.02) is None
+    os.write(writing, b"x")
+    assert pipe.read() == b"x"
+    os.write(writing, b"last")
+    pipe.finish()
+    assert pipe.read() == b"last"
+    assert pipe.read() == b""
+    pipe.close()
+    assert pipe.read() == b""
+    os.close(writing)
 
 
 @each_backend

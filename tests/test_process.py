@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
-import select
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from weakref import WeakSet
 
 import anyio
 import anyio.to_thread
@@ -27,7 +27,7 @@ from stepflow_runtime.server.options import MAX_CONFIG, Command
 from stepflow_runtime.server.platform import linux, spawn
 from stepflow_runtime.server.process import ServerProcess
 
-from .conftest import each_backend, processes_left, wait_until
+from .conftest import each_backend, open_descriptors, processes_left, wait_until
 
 COMMAND = Command(argv=(), env={"PATH": os.environ["PATH"]}, stdin=None)
 
@@ -36,7 +36,12 @@ pytestmark = pytest.mark.anyio
 
 def ready(process: ServerProcess) -> bool:
     """True once the script has written something."""
-    return bool(select.select([process.stdout], [], [], 0)[0])
+    if process.stdout.read(0):
+        HEARD.add(process)
+    return process in HEARD
+
+
+HEARD: WeakSet[ServerProcess] = WeakSet()
 
 
 @each_backend
@@ -50,7 +55,7 @@ async def test_standard_input_is_what_was_given(
         script = fake_server(f"cat > {tmp_path}/copy; sh -c 'cat /proc/$PPID/fd/0'")
         process = await ServerProcess.spawn(script, command)
         await process.wait_exit()
-        assert os.read(process.stdout, 100) == b""
+        assert process.stdout.read() == b""
         assert await process.end(lambda: 0) == 0
         assert (tmp_path / "copy").read_bytes() == content
         process.close()
@@ -146,9 +151,10 @@ def test_a_process_that_cannot_be_executed_leaves_no_descriptor(tmp_path: Path) 
 async def test_descriptors_are_not_inherited_by_other_children(
     fake_server: Callable[[str], Path],
 ) -> None:
+    before = open_descriptors()
     process = await ServerProcess.spawn(fake_server("exec sleep 100"), COMMAND)
-    assert not os.get_inheritable(process.stdout)
-    assert not os.get_inheritable(process.stderr)
+    own = open_descriptors().keys() - before.keys()
+    assert own and not any(os.get_inheritable(fd) for fd in own)
     assert await process.end(lambda: 1) == -signal.SIGTERM
     process.close()
 

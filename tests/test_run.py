@@ -342,7 +342,9 @@ async def test_a_python_function_in_a_worker_is_a_component(
     assert failed.error.code == "COMPONENT_FAILED"
     assert failed.error.message == "there is nothing to shout"
     raised = [
-        e for e in runtime.get_recent_logs(2000) if e.message.startswith("ValueError")
+        entry
+        for entry in runtime.get_recent_logs(2000)
+        if entry.message.endswith("\nValueError: there is nothing to shout")
     ]
     assert len(raised) == 2  # the first attempt and one more
 

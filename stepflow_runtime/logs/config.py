@@ -9,15 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Literal
+from typing import Final, Literal
 from urllib.parse import urlsplit
 
-if TYPE_CHECKING:
-    from .entry import LogEntry
+from .entry import LEVELS, LogEntry
 
-__all__ = ["LEVELS", "LogConfig", "checked_level"]
+__all__ = ["LogConfig", "checked_level"]
 
-LEVELS: Final = ("trace", "debug", "info", "warn", "error")
 FORMATS: Final = ("json", "text")
 
 
@@ -45,8 +43,8 @@ class LogConfig:
         standard output; what is still printed takes the other ways
     :ivar otlp_traces: send spans to ``otlp_endpoint``, too
     :ivar otlp_metrics: send metrics to ``otlp_endpoint``, too
-    :ivar keep: how many of the newest entries are kept, as long as they are not over
-        32 MiB together
+    :ivar keep: how many of the newest entries are kept, as long as they are not over 1 KiB
+        each on average, or 32 MiB together if that is more
     :ivar redact: called with each entry before anything else sees it, in threads of ours,
         one call at a time; returns the entry, another one in its place
         (``msgspec.structs.replace``), or None to leave it out. If it raises, what the

@@ -14,13 +14,13 @@ from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 import msgspec
 
-from .config import LEVELS
-
-__all__ = ["LogEntry", "Stream", "decode", "plain", "told_level"]
+__all__ = ["LEVELS", "LogEntry", "Stream", "decode", "plain", "told_level"]
 
 Stream: TypeAlias = Literal["stdout", "stderr"]
 
 T = TypeVar("T")
+
+LEVELS: Final = ("trace", "debug", "info", "warn", "error")
 
 
 class LogEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -73,9 +73,6 @@ class _Diags(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
     sampled: bool | None = None
 
 
-_NO_DIAGS: Final = _Diags()
-
-
 class _Line(msgspec.Struct, gc=False, forbid_unknown_fields=True):
     timestamp: datetime
     level: Literal["TRACE", "DEBUG", "INFO", "WARN", "ERROR"]
@@ -83,16 +80,14 @@ class _Line(msgspec.Struct, gc=False, forbid_unknown_fields=True):
     target: str = ""
     file: str | None = None
     line: int | None = None
-    diags: _Diags = _NO_DIAGS
+    diags: _Diags | None = None
 
 
 _decode_line: Final = msgspec.json.Decoder(_Line).decode
 _decode_object: Final = msgspec.json.Decoder(dict[str, Any]).decode
 _decode_timestamp: Final = msgspec.json.Decoder(datetime).decode
 
-# How the server's lines begin, and where it says the level: its time stamps are all of a
-# length.
-_BEGIN: Final = b'{"timestamp":"'
+# Where the server's lines have the time stamp, and after it the level.
 _TIMESTAMP: Final = slice(13, 47)
 _LEVEL: Final = slice(46, 61)
 _TOLD: Final = {
@@ -105,8 +100,8 @@ _IDS: Final = ("run_id", "flow_id", "step_id", "trace_id", "span_id")
 
 
 def told_level(line: bytes) -> str | None:
-    """The level of a line that begins as the server's do, at a glance; else None."""
-    return _TOLD.get(line[_LEVEL]) if line.startswith(_BEGIN) else None
+    """The level of a line that looks like the server's, at a glance; else None."""
+    return _TOLD.get(line[_LEVEL])
 
 
 def decode(line: bytes, stream: Stream) -> LogEntry:
@@ -118,6 +113,16 @@ def decode(line: bytes, stream: Stream) -> LogEntry:
     if parsed.timestamp.tzinfo is None:
         return _decode_unusual(line, stream)
     diags = parsed.diags
+    if diags is None:
+        return LogEntry(
+            timestamp=parsed.timestamp,
+            level=parsed.level,
+            message=parsed.message,
+            stream=stream,
+            target=parsed.target,
+            file=parsed.file,
+            line=parsed.line,
+        )
     return LogEntry(
         timestamp=parsed.timestamp,
         level=parsed.level,

@@ -1,41 +1,177 @@
-"""The pump: bytes from one of the server's pipes, cut into lines, each handed on.
+"""The pump: a thread that empties one of the server's pipes, line by line.
 
 Contract: it reads until the pipe ends and never stops before, whatever is in the lines
-and whatever becomes of them: a pipe that nobody reads freezes the server after 64 KiB.
-Memory is bounded: of a line longer than ``MAX_LINE`` the rest is dropped, and the line
-says so.
+and whatever becomes of them: a pipe that nobody reads freezes the server when it is full.
+It is a thread, because an event loop can be held up for seconds by the program's own
+work, and a batch should not stand still for that. Memory is bounded: of a line longer than
+``MAX_LINE`` the rest is dropped, and the line says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import Final
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
 
-__all__ = ["LineCutter", "pump"]
+from ..loops import Announcer
+from .grouping import Grouper
+from .own import report
+
+__all__ = ["MAX_LINE", "LineCutter", "Pipe", "Pump"]
 
 # A line of the server is a few hundred bytes; a worker may print what it likes.
 MAX_LINE: Final = 1024 * 1024
 
+# Lines that are printed together arrive within microseconds of each other.
+_PAUSE: Final = 0.005
 
-async def pump(
-    fd: int,
-    hand_on: Callable[[bytes], object],
-    read: Callable[[int], Awaitable[bytes]],
-) -> None:
-    """Read the pipe ``fd`` to its end with ``read``; call ``hand_on`` with each line.
+# So many bytes at once are a flood, and no time to rest.
+_FLOOD: Final = 64 * 1024
 
-    A line comes without its newline. What follows the last newline comes as a line too,
-    also if the pump is cancelled: nothing that was read is lost. Cancellation ends it at
-    any moment. ``fd`` stays open.
+
+class Pipe(Protocol):
+    """The reading end of one of the server's pipes, for a thread that may block.
+
+    One thread reads and rests; the others are for any thread, at any moment.
     """
-    cutter = LineCutter()
-    try:
-        while chunk := await read(fd):
-            for line in cutter.cut(chunk):
-                hand_on(line)
-    finally:
-        if rest := cutter.rest():
-            hand_on(rest)
+
+    def read(self, timeout: float | None = None) -> bytes | None:
+        """Wait for something to read, and return it; ``b""`` at the end.
+
+        After :meth:`finish` it waits no more, and what is there comes before the end.
+
+        :param timeout: for how many seconds to wait at most; None: for ever
+        :returns: None if nothing came in time
+        """
+        ...
+
+    def rest(self) -> None:
+        """Let lines gather for a moment in which it cannot get full.
+
+        So the thread takes the interpreter a hundred times a second from the program, and
+        not for every line.
+        """
+        ...
+
+    def hurry(self) -> None:
+        """End a :meth:`rest`, this one or the next."""
+        ...
+
+    def finish(self) -> None:
+        """Have it wait for nothing any more."""
+        ...
+
+    def close(self) -> None:
+        """Close it, or have the thread that is reading close it on its way out."""
+        ...
+
+
+class Pump:
+    """Empties a pipe, from :meth:`start` until the pipe ends or :meth:`finish`.
+
+    :param take: called, in the thread, with lines without their newlines. What it raises is
+        reported once, and those lines are lost
+    :param hear: asked about each line first, until it has said True: that line is its own
+    :param grouper: joins lines into texts that are taken in the place of lines
+    """
+
+    def __init__(
+        self,
+        pipe: Pipe,
+        take: Callable[[Sequence[bytes]], object],
+        *,
+        hear: Callable[[bytes], bool] | None = None,
+        grouper: Grouper | None = None,
+    ) -> None:
+        self._pipe = pipe
+        self._take = take
+        self._hear = hear
+        self._grouper = grouper
+        self._cutter = LineCutter()
+        self._has_ended = False
+        self._failure: BaseException | None = None
+        self._has_reported = False
+        self._announcer = Announcer()
+
+    def start(self) -> None:
+        """Start the thread.
+
+        :raises RuntimeError: if no thread can be had
+        """
+        # A daemon: the interpreter must not wait for it at its end.
+        threading.Thread(
+            target=self._run, daemon=True, name="stepflow-runtime log pump"
+        ).start()
+
+    async def wait(self) -> None:
+        """Wait until all is taken. Cancellation leaves the thread at work."""
+        await self._announcer.wait_until(lambda: self._has_ended)
+        if self._failure is not None:
+            raise self._failure
+
+    def hurry(self) -> None:
+        """Have it take now what is there; it comes soon, not at once."""
+        self._pipe.hurry()
+
+    def finish(self) -> None:
+        """Have it take what is there, and end."""
+        self._pipe.finish()
+
+    def _run(self) -> None:
+        try:
+            self._pump()
+        except BaseException as exc:  # noqa: BLE001 - raised where it is waited for
+            self._failure = exc
+        self._has_ended = True
+        self._announcer.announce()
+
+    def _pump(self) -> None:
+        while True:
+            chunk = self._pipe.read(_PAUSE if self._is_holding_back else None)
+            if chunk is None:
+                assert self._grouper is not None
+                self._hand_on(self._grouper.pause())
+                continue
+            if not chunk:
+                break
+            self._hand_on(self._lines(self._cutter.cut(chunk)))
+            if self._hear is None and len(chunk) < _FLOOD:
+                self._pipe.rest()
+        rest = self._cutter.rest()
+        self._hand_on([*self._lines([rest] if rest else []), *self._held_back()])
+
+    def _lines(self, lines: list[bytes]) -> list[bytes]:
+        """The lines, without the one that is meant for us, and grouped."""
+        if self._hear is not None:
+            lines = self._heard(self._hear, lines)
+        if self._grouper is not None:
+            lines = [text for line in lines for text in self._grouper.feed(line)]
+        return lines
+
+    def _heard(self, hear: Callable[[bytes], bool], lines: list[bytes]) -> list[bytes]:
+        for place, line in enumerate(lines):
+            if hear(line):
+                self._hear = None
+                return [*lines[:place], *lines[place + 1 :]]
+        return lines
+
+    @property
+    def _is_holding_back(self) -> bool:
+        return self._grouper is not None and self._grouper.is_open
+
+    def _held_back(self) -> list[bytes]:
+        return self._grouper.flush() if self._grouper is not None else []
+
+    def _hand_on(self, lines: Sequence[bytes]) -> None:
+        if not lines:
+            return
+        try:
+            self._take(lines)
+        except BaseException as exc:  # noqa: BLE001 - whatever it is, the pipe fills up
+            if not self._has_reported:
+                self._has_reported = True
+                report(logging.ERROR, "%d log lines were lost", len(lines), exc=exc)
 
 
 class LineCutter:
@@ -43,29 +179,37 @@ class LineCutter:
 
     def __init__(self, max_line: int = MAX_LINE) -> None:
         self._max_line = max_line
-        self._begun = b""
+        self._begun: list[bytes] = []
+        self._length = 0
         self._dropped = 0
 
     def cut(self, chunk: bytes) -> list[bytes]:
         """Return the lines that ``chunk`` completes, without their newlines."""
-        *ended, begun = chunk.split(b"\n")
-        lines = []
-        for part in ended:
-            self._extend(part)
-            lines.append(self._take())
+        lines = chunk.split(b"\n")
+        begun = lines.pop()
+        if len(chunk) > self._max_line:
+            lines = [self._completed(line) for line in lines]
+        elif lines:
+            lines[0] = self._completed(lines[0])
         self._extend(begun)
         return lines
 
     def rest(self) -> bytes:
         """Return what follows the last newline."""
-        return self._take()
+        return self._completed(b"")
+
+    def _completed(self, part: bytes) -> bytes:
+        if not self._begun and len(part) <= self._max_line:
+            return part
+        self._extend(part)
+        line, dropped = b"".join(self._begun), self._dropped
+        self._begun, self._length, self._dropped = [], 0, 0
+        return line + b" ... [%d more bytes dropped]" % dropped if dropped else line
 
     def _extend(self, part: bytes) -> None:
-        room = self._max_line - len(self._begun)
-        self._begun += part[:room]
-        self._dropped += max(len(part) - room, 0)
-
-    def _take(self) -> bytes:
-        line, dropped = self._begun, self._dropped
-        self._begun, self._dropped = b"", 0
-        return line + b" ... [%d more bytes dropped]" % dropped if dropped else line
+        room = self._max_line - self._length
+        taken = part[:room] if len(part) > room else part
+        if taken:
+            self._begun.append(taken)
+            self._length += len(taken)
+        self._dropped += len(part) - len(taken)

@@ -1,111 +1,199 @@
-"""Where log entries go: the ring of the newest ones, and a Python logger.
+"""The hub: takes what the pumps bring, and hands it to all who want it.
 
-Contract: a sink that raises does not disturb the pump. It is reported once, on the
-library's own logger, and its entry is skipped.
+Contract: everything is in the ring before anything else happens to it. What ``redact``
+leaves out or replaces is seen by nobody. A sink that raises does not disturb the others, nor
+the pumps: it is reported once, on the library's own logger, and what it was given is
+skipped.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from .config import LogConfig
-from .entry import LogEntry
+from .entry import LogEntry, Stream, decode, told_level
+from .files import LineSink, LogFile, ParentStderr
 from .own import report
+from .records import LoggerSink
+from .rendering import as_json, as_text
+from .ring import Filter, Kept, LogFollower, Ring
 
 __all__ = ["LogHub"]
 
-TRACE: Final = 5
-logging.addLevelName(TRACE, "TRACE")
+# To close the file, we wait so long for a handler that holds everything up.
+_CLOSE_PATIENCE: Final = 0.5
 
-# How many characters of messages are kept, however many entries: workers may print long
-# lines.
-MAX_KEPT: Final = 32 * 1024 * 1024
-
-_LEVELS: Final = {
-    "TRACE": TRACE,
-    "DEBUG": logging.DEBUG,
-    "INFO": logging.INFO,
-    "WARN": logging.WARNING,
-    "ERROR": logging.ERROR,
-}
+_NO_FILTER: Final = Filter()
 
 
 class LogHub:
-    """Takes every entry and hands it to each sink."""
+    """Takes every line. For any thread."""
 
     def __init__(self, config: LogConfig) -> None:
-        self._ring: deque[LogEntry] = deque()
-        self._keep = config.keep
-        self._kept = 0
-        self._sinks: list[Callable[[LogEntry], None]] = []
-        self._reported: set[Callable[[LogEntry], None]] = set()
-        self.taken = 0
-        if config.python_logger is not None:
-            self._sinks.append(LoggerSink(config.python_logger))
+        self._ring = Ring(config.keep)
+        self._redact = config.redact
+        self._logger = _logger_of(config)
+        self._lines = _line_sink_of(config)
+        self._is_raw = not config.capture
+        is_text = config.format == "text"
+        self._render = self._render_text if is_text else self._render_json
+        self._decodes_all = config.redact is not None or (
+            is_text and config.capture and self._lines is not None
+        )
+        self._reported: set[str] = set()
+        # One batch at a time: there is a pump for each of the server's outputs.
+        self._turn = threading.Lock()
 
-    def take(self, entry: LogEntry) -> None:
-        self.taken += 1
-        self._ring.append(entry)
-        self._kept += len(entry.message)
-        while len(self._ring) > self._keep or self._kept > MAX_KEPT:
-            self._kept -= len(self._ring.popleft().message)
-        for sink in self._sinks:
-            try:
-                sink(entry)
-            except (Exception, SystemExit) as exc:  # noqa: BLE001 - the users' handlers
-                self._report(sink, exc)
+    @property
+    def taken(self) -> int:
+        """How many entries were ever taken."""
+        return self._ring.taken
 
-    def newest(self, limit: int) -> list[LogEntry]:
-        """Return the newest entries, the newest last."""
-        return list(self._ring)[-limit:] if limit > 0 else []
+    def open(self) -> None:
+        """Open the file, if there is one to write.
 
-    def since(self, taken: int) -> Sequence[LogEntry]:
-        """Return what was taken after the first ``taken`` entries, as far as it is kept."""
-        return self.newest(self.taken - taken)
+        :raises OSError: if it cannot be written to
+        """
+        if self._lines is not None:
+            self._lines.open()
 
-    def _report(self, sink: Callable[[LogEntry], None], exc: BaseException) -> None:
-        if sink not in self._reported:
-            self._reported.add(sink)
-            report(
-                logging.ERROR, "%s raised; its log entries are skipped", sink, exc=exc
+    def end(self) -> None:
+        """Let those who follow come to their end: nothing comes any more."""
+        self._ring.end()
+
+    def close(self) -> None:
+        """Close the file, if there is one. What comes all the same is kept."""
+        if self._lines is None:
+            return
+        has_turn = self._turn.acquire(timeout=_CLOSE_PATIENCE)
+        try:
+            self._lines.close()
+        finally:
+            if has_turn:
+                self._turn.release()
+
+    def take(self, stream: Stream, lines: Sequence[bytes]) -> None:
+        """Take a batch of lines, or of texts of several lines."""
+        with self._turn:
+            kept = self._kept(stream, lines)
+            if self._logger is not None:
+                self._logger.take(kept, self._report_logger)
+            if self._lines is not None:
+                self._write(self._lines, lines if self._is_raw else self._render(kept))
+
+    def follow(self, wanted: Filter, recent: int) -> LogFollower:
+        return LogFollower(self._ring, wanted, recent)
+
+    def newest(self, limit: int, wanted: Filter = _NO_FILTER) -> list[LogEntry]:
+        """Return the newest entries that are wanted, the newest last."""
+        if wanted == _NO_FILTER:
+            return list(wanted.pick(self._ring.newest(limit)))
+        found: list[LogEntry] = []
+        for entry in wanted.pick(reversed(self._ring.newest(self._ring.taken))):
+            if len(found) >= limit:
+                break
+            found.append(entry)
+        found.reverse()
+        return found
+
+    def since(self, taken: int, limit: int) -> list[LogEntry]:
+        """Return what came after the first ``taken``, the newest of it, as far as kept."""
+        return self.newest(min(self._ring.taken - taken, limit))
+
+    def about(self, run_id: str, limit: int) -> list[LogEntry]:
+        """Return what may tell of a run: what names it, and what names none."""
+        mentioned = run_id.encode()
+        return [
+            decode(line, "stdout") if isinstance(line, bytes) else line
+            for line in self._ring.newest(limit)
+            if not (isinstance(line, bytes) and mentioned not in line)
+        ]
+
+    def _kept(self, stream: Stream, lines: Sequence[bytes]) -> Sequence[Kept]:
+        """Put the lines into the ring, and return what stands for them there."""
+        kept: Sequence[Kept]
+        if self._decodes_all:
+            pairs = [(self._entry(stream, line), len(line)) for line in lines]
+            taken = [(entry, size) for entry, size in pairs if entry is not None]
+            kept = [entry for entry, _ in taken]
+            sizes = [size for _, size in taken]
+        elif stream == "stdout":
+            kept = [
+                decode(line, stream) if told_level(line) is None else line
+                for line in lines
+            ]
+            sizes = [*map(len, lines)]
+        else:
+            kept = [decode(line, stream) for line in lines]
+            sizes = [*map(len, lines)]
+        self._ring.add(kept, sizes)
+        return kept
+
+    def _entry(self, stream: Stream, line: bytes) -> LogEntry | None:
+        entry = decode(line, stream)
+        return entry if self._redact is None else self._redacted(self._redact, entry)
+
+    def _redacted(
+        self, redact: Callable[[LogEntry], LogEntry | None], entry: LogEntry
+    ) -> LogEntry | None:
+        try:
+            redacted = redact(entry)
+            if redacted is not None and not isinstance(redacted, LogEntry):
+                raise TypeError(
+                    f"it must return a LogEntry or None, not {type(redacted).__name__}"
+                )
+            return redacted
+        except BaseException as exc:  # noqa: BLE001 - the user's function
+            # Its traceback is not shown: the exception may quote what was to be hidden.
+            self._report(
+                "redact",
+                "log_config.redact raised %s; the entry is withheld",
+                type(exc),
+            )
+            return LogEntry(
+                timestamp=entry.timestamp,
+                level=entry.level,
+                message=f"[withheld: log_config.redact raised {type(exc).__name__}]",
+                stream=entry.stream,
             )
 
+    def _render_json(self, lines: Iterable[Kept]) -> list[bytes]:
+        return [line if isinstance(line, bytes) else as_json(line) for line in lines]
 
-class LoggerSink:
-    """Makes each entry a record of a Python logger, with the server's own time stamp."""
+    def _render_text(self, lines: Iterable[Kept]) -> list[bytes]:
+        return [
+            as_text(decode(line, "stdout") if isinstance(line, bytes) else line)
+            for line in lines
+        ]
 
-    def __init__(self, name: str) -> None:
-        self._logger = logging.getLogger(name)
-        if not self._logger.handlers and self._logger is not logging.getLogger():
-            # Without this, a program that configures no logging gets warnings on stderr.
-            self._logger.addHandler(logging.NullHandler())
+    def _write(self, sink: LineSink, lines: Sequence[bytes]) -> None:
+        try:
+            sink.write(lines)
+        except BaseException as exc:  # noqa: BLE001 - the pump must go on
+            self._report("lines", "writing log lines failed", exc=exc)
 
-    def __str__(self) -> str:
-        return f"a handler or filter of the logger {self._logger.name!r}"
+    def _report_logger(self, exc: BaseException) -> None:
+        message = "%s raised; its log entries are skipped"
+        self._report("logger", message, self._logger, exc=exc)
 
-    def __call__(self, entry: LogEntry) -> None:
-        level = _LEVELS.get(entry.level, logging.INFO)
-        if self._logger.isEnabledFor(level):
-            self._logger.handle(self._record(entry, level))
+    def _report(
+        self, what: str, message: str, *args: object, exc: BaseException | None = None
+    ) -> None:
+        if what not in self._reported:
+            self._reported.add(what)
+            report(logging.ERROR, message, *args, exc=exc)
 
-    def _record(self, entry: LogEntry, level: int) -> logging.LogRecord:
-        record = self._logger.makeRecord(
-            self._logger.name,
-            level,
-            entry.file or f"({entry.stream})",
-            entry.line or 0,
-            entry.message,
-            (),
-            None,
-        )
-        read_at = record.created
-        record.created = entry.timestamp.timestamp()
-        record.msecs = entry.timestamp.microsecond // 1000
-        record.relativeCreated += (record.created - read_at) * 1000
-        # The entry travels as one attribute: its own names (``message``, ``line``, ``file``)
-        # would collide with those of the record.
-        record.stepflow = entry
-        return record
+
+def _logger_of(config: LogConfig) -> LoggerSink | None:
+    if not config.capture or config.python_logger is None:
+        return None
+    return LoggerSink(config.python_logger)
+
+
+def _line_sink_of(config: LogConfig) -> LineSink | None:
+    if config.file_path is not None:
+        return LogFile(config.file_path, config.format)
+    return None if config.capture else ParentStderr()

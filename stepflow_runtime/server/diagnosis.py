@@ -7,7 +7,7 @@ drawing, a backtrace. What a user needs of them is the chain of causes.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Final
 
@@ -29,10 +29,12 @@ _BACKTRACE: Final = re.compile(r"^backtrace(?: \(\d+\)| no\. \d+)$")
 _RULE: Final = re.compile(r"^━+$")
 _PREFIX: Final = "Server error: "
 
-# A Python worker prints this, and the traceback after it.
-_WORKER_FAILURE: Final = re.compile(r"Component (\S+) failed: ?(.*)")
+# A Python worker prints this, then the message, and the traceback.
+_WORKER_FAILURE: Final = re.compile(r"Component (\S+) failed: ?")
+_TRACEBACK: Final = re.compile(
+    r"\s*(?:\+ Exception Group )?Traceback \(most recent call last\):"
+)
 _MOST_ENTRIES: Final = 60
-_LONGEST: Final = 60
 _MOST_ALIKE: Final = 10
 
 _STDERR_LINES: Final = 60
@@ -62,13 +64,16 @@ def last_words(entries: Sequence[LogEntry]) -> str:
     fatal = [
         each for each in entries if each.level == "ERROR" and each.stream == "stdout"
     ]
-    stderr = [each.message for each in entries if each.stream == "stderr"]
+    stderr = _last_lines(
+        (each.message for each in reversed(entries) if each.stream == "stderr"),
+        _STDERR_LINES,
+    )
     parts = []
     if fatal:
         parts.append(_block("the server's error", causes(fatal[-1].message)))
     if stderr:
         title = "standard error (server and workers)"
-        parts.append(_block(title, stderr[-_STDERR_LINES:]))
+        parts.append(_block(title, stderr))
     if not fatal:
         logged = [str(each) for each in entries if each.stream == "stdout"]
         if logged:
@@ -76,20 +81,12 @@ def last_words(entries: Sequence[LogEntry]) -> str:
     return "\n".join(parts) or "It printed nothing."
 
 
-def is_all_logged(entries: Iterable[LogEntry], run_id: str) -> bool:
-    """True if the server's last word on a run is there (at the level INFO or below)."""
-    return any(
-        "execution completed" in each.message and run_id in each.message
-        for each in entries
-    )
-
-
 class Failures:
     """What was logged of the failures of one run, in one look at the log.
 
     That is what the server says of the run at the levels WARN and ERROR (of a failed step,
-    where it names one), in plain words; and the tracebacks that Python workers printed, with
-    the very words of an error. Those name their component, but no run.
+    where it names one), in plain words; and the tracebacks that Python workers printed, an
+    entry each, with the very words of an error. Those name their component, but no run.
 
     :param since: when the run began; what was printed earlier is not of it
     """
@@ -112,8 +109,9 @@ class Failures:
                 self.is_all = True
         self._starts: dict[str, list[int]] = {}
         for place, each in enumerate(self._printed):
-            if (failure := _WORKER_FAILURE.fullmatch(each.message)) is not None:
-                self._starts.setdefault(failure[2].strip(), []).append(place)
+            if (failure := _WORKER_FAILURE.match(each.message)) is not None:
+                words = each.message[failure.end() :].partition("\n")[0]
+                self._starts.setdefault(words.strip(), []).append(place)
 
     def of(self, error: FlowError) -> tuple[LogEntry, ...]:
         """The entries on one of its failures, in order."""
@@ -127,49 +125,58 @@ class Failures:
 
     def _traceback(self, error: FlowError) -> Sequence[LogEntry]:
         """The newest one that fits; none if there are several that are not alike."""
-        words = [""] if error.message == NO_REASON else error.message.splitlines()
-        found: list[Sequence[LogEntry]] = []
-        for start in reversed(self._starts.get(words[0].strip(), ())[-_MOST_ALIKE:]):
-            failure = _WORKER_FAILURE.fullmatch(self._printed[start].message)
-            first = start + len(words)  # the message stands there first, whole
-            lines = [each.message for each in self._printed[first : first + _LONGEST]]
-            told = [each.message for each in self._printed[start + 1 : first]]
-            if failure and _is_of(error.component, failure[1]) and told == words[1:]:
-                length = _length_of_traceback(lines, words)
-                found.append(self._printed[start : first + length])
-        texts = {tuple(line.message for line in each) for each in found}
+        message = "" if error.message == NO_REASON else error.message
+        words = _lines(message.removesuffix("\n"))
+        places = self._starts.get(words[0].strip(), ())[-_MOST_ALIKE:]
+        reports = [self._report_at(place, error, words) for place in reversed(places)]
+        found = [each for each in reports if each]
+        texts = {"\n".join(entry.message.rstrip() for entry in each) for each in found}
         return found[0] if len(texts) == 1 else ()
+
+    def _report_at(
+        self, place: int, error: FlowError, words: list[str]
+    ) -> Sequence[LogEntry]:
+        """What a worker printed of a failure, if it is the one with these words."""
+        text = self._printed[place].message
+        failure = _WORKER_FAILURE.match(text)
+        if failure is None or not _is_of(error.component, failure[1]):
+            return ()
+        lines = _lines(text[failure.end() :])
+        if lines[: len(words)] != words:
+            return ()
+        rest = lines[len(words) :]
+        if not rest:
+            # A pause came between, and the traceback is an entry of its own.
+            report = self._printed[place : place + 2]
+            return report if _TRACEBACK.match(report[-1].message) else ()
+        # Unless the traceback comes next, it is another message that goes on there; or a
+        # cause that was never raised.
+        is_it = _TRACEBACK.match(rest[0]) or _ends_with(rest, words)
+        return self._printed[place : place + 1] if is_it else ()
 
 
 def _is_of(component: str | None, name: str) -> bool:
     return component is None or component == name or component.endswith(f"/{name}")
 
 
-def _length_of_traceback(lines: Sequence[str], words: Sequence[str]) -> int:
-    """How many lines it takes, together with those of its causes and contexts."""
-    place = 0
-    while place < len(lines) and "Traceback (most recent call last)" in lines[place]:
-        is_of_group = lines[place].startswith(" ")
-        place = _skip(lines, place + 1, lambda line: line.startswith(" "))
-        if not is_of_group:
-            # The exception itself, outside of the frames. What it says may have more lines.
-            place += 1 + (lines[place + 1 : place + len(words)] == words[1:]) * (
-                len(words) - 1
-            )
-        link = _skip(lines, place, lambda line: not line.strip())
-        if link >= len(lines) or not lines[link].startswith(_LINKS):
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.split("\n")]
+
+
+def _ends_with(lines: list[str], words: list[str]) -> bool:
+    """True if the last lines are those of an exception with this message."""
+    first, *others = lines[-len(words) :]
+    return first.endswith(f": {words[0]}") and others == words[1:]
+
+
+def _last_lines(texts: Iterable[str], limit: int) -> list[str]:
+    """The last lines of texts, the last text of which comes first."""
+    lines: list[str] = []
+    for text in texts:
+        lines = [*(text.splitlines() or [""]), *lines][-limit:]
+        if len(lines) == limit:
             break
-        place = _skip(lines, link + 1, lambda line: not line.strip())
-    return min(place, len(lines))
-
-
-def _skip(lines: Sequence[str], place: int, what: Callable[[str], bool]) -> int:
-    while place < len(lines) and what(lines[place]):
-        place += 1
-    return place
-
-
-_LINKS: Final = ("The above exception was", "During handling of the above")
+    return lines
 
 
 def _block(title: str, lines: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -20,14 +21,14 @@ from anyio.abc import TaskGroup, TaskStatus
 from .. import wire
 from ..errors import ConnectionLostError, ServerStartError
 from ..groups import quiet_task_group
-from ..logs.entry import Stream, decode
-from ..logs.pump import pump
+from ..logs.grouping import Grouper
+from ..logs.pump import Pump
 from ..logs.sinks import LogHub
 from ..transport import Transport
 from ..transport.direct import DirectTransport
 from .diagnosis import last_words
 from .options import Command, ServerOptions
-from .platform import KILLED, read
+from .platform import KILLED
 from .process import ServerExit, ServerProcess
 
 __all__ = ["Incarnation"]
@@ -35,6 +36,9 @@ __all__ = ["Incarnation"]
 # With the session swept the pipes end at once. Only a process that left the session, and
 # took a pipe along, makes us wait this long.
 _DRAIN_TIMEOUT: Final = 0.5
+
+# And this long for what is in the pipe then: a handler may hold the pump up, and for ever.
+_LAST_TAKE_TIMEOUT: Final = 0.5
 
 # The server accepts connections before it announces its port; a retry is for the odd one.
 _FIRST_HEALTH_RETRY: Final = 0.05
@@ -68,6 +72,7 @@ class Incarnation:
         self._on_lost = on_lost
         self._ended = anyio.Event()
         self._gone = anyio.Event()
+        self._pumps: tuple[Pump, ...] = ()
         self._pump_scopes: list[anyio.CancelScope] = []
         self._drained_by = math.inf
         self._process: ServerProcess | None = None
@@ -94,6 +99,8 @@ class Incarnation:
                     tasks.start_soon(self._watch_health, process, port)
                     await self._gone.wait()
         finally:
+            for pump in self._pumps:
+                pump.finish()
             if self._process is not None:
                 self._process.close()
         # The pumps have come to their end: only now is all in the log that there is.
@@ -108,6 +115,11 @@ class Incarnation:
         """Kill the process and its session, from any thread. Blocks until they are dead."""
         if self._process is not None:
             self._process.kill_session()
+
+    def hurry_logs(self) -> None:
+        """Have what is in the pipes taken without delay."""
+        for pump in self._pumps:
+            pump.hurry()
 
     async def has_ended(self) -> bool:
         """True if the process is gone, also if its own task has not noticed yet."""
@@ -131,8 +143,14 @@ class Incarnation:
         # No await until the try: from there on, its finally owns the process's end.
         try:
             self._process = process
-            tasks.start_soon(self._pump, process, process.stdout, "stdout")
-            tasks.start_soon(self._pump, process, process.stderr, "stderr")
+            take = self._logs.take
+            self._pumps = (
+                Pump(process.stdout, partial(take, "stdout"), hear=process.hear),
+                Pump(process.stderr, partial(take, "stderr"), grouper=Grouper()),
+            )
+            for pump in self._pumps:
+                self._start_pump(pump)
+                tasks.start_soon(self._own_pump, pump)
             task_status.started(process)
             await process.wait_exit()
             self._ended.set()
@@ -155,20 +173,32 @@ class Incarnation:
 
     # -- the pumps -----------------------------------------------------------------
 
-    async def _pump(self, process: ServerProcess, fd: int, stream: Stream) -> None:
-        def take(line: bytes) -> None:
-            if not (stream == "stdout" and process.hear(line)):
-                self._logs.take(decode(line, stream))
+    def _start_pump(self, pump: Pump) -> None:
+        try:
+            pump.start()
+        except RuntimeError as exc:
+            raise ServerStartError(
+                f"the Stepflow server's output cannot be read: {exc}"
+            ) from exc
 
+    async def _own_pump(self, pump: Pump) -> None:
+        """A pump's thread works on until its pipe ends, or nobody is left who matters."""
         scope = anyio.CancelScope(shield=True, deadline=self._drained_by)
         self._pump_scopes.append(scope)
         try:
             with scope:
-                await pump(fd, take, read)
+                await pump.wait()
         finally:
+            pump.finish()
             self._pump_scopes.remove(scope)
+        if scope.cancelled_caught:
+            # A stranger holds the pipe. What is in there by now is still taken.
+            with anyio.CancelScope(shield=True) as patience:
+                patience.deadline = anyio.current_time() + _LAST_TAKE_TIMEOUT
+                await pump.wait()
 
     def _let_pumps_drain(self) -> None:
+        self.hurry_logs()
         self._drained_by = anyio.current_time() + _DRAIN_TIMEOUT
         for scope in self._pump_scopes:
             scope.deadline = self._drained_by
@@ -304,7 +334,7 @@ class Incarnation:
             uptime=self._ready_until - since if since is not None else 0.0,
             # Unless it came to another end just before we killed it.
             was_hung=self._was_hung and self._code == KILLED,
-            recent_logs=tuple(self._logs.since(self._logs_before)[-_LAST_ENTRIES:]),
+            recent_logs=tuple(self._logs.since(self._logs_before, _LAST_ENTRIES)),
         )
 
     def _explained(self, failure: str, exit: ServerExit) -> str:

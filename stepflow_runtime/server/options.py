@@ -33,6 +33,12 @@ MAX_CONFIG: Final = 1024 * 1024
 _FOREVER: Final = 100 * 365 * 24 * 3600
 
 _PREFIX: Final = "STEPFLOW_"
+_DEFAULT_LOG_CONFIG: Final = LogConfig()
+
+# Levels at which the libraries that send log records log each sending, which is sent
+# again: 30,000 records a second at trace, from a server that does nothing.
+_CHATTY: Final = ("trace", "debug")
+
 _LOOPBACK_HOSTS: Final = ("127.0.0.1", "localhost", "::1")
 _PROXY_VARIABLES: Final = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy")
 
@@ -187,9 +193,7 @@ class ServerOptions:
         flags = {
             "PORT": ("--port", str(port)),
             "ORCHESTRATOR_ID": ("--orchestrator-id", orchestrator_id),
-            "LOG_LEVEL": ("--log-level", self.log_config.level),
-            "LOG_DESTINATION": ("--log-destination", "stdout"),
-            "LOG_FORMAT": ("--log-format", "json"),
+            **self._log_flags(),
             "CONFIG": self._config_flags(),
         }
         # A variable that the user set for the server by name has the say there.
@@ -200,6 +204,26 @@ class ServerOptions:
             for word in words
         )
 
+    def _log_flags(self) -> dict[str, tuple[str, ...]]:
+        log = self.log_config
+        flags: dict[str, tuple[str, ...]] = {
+            "LOG_LEVEL": ("--log-level", log.level),
+            "LOG_DESTINATION": ("--log-destination", "stdout"),
+            # Entries are made of JSON; lines that are not captured go as they are.
+            "LOG_FORMAT": ("--log-format", "json" if log.capture else log.format),
+        }
+        if log.otlp_endpoint is None:
+            return flags
+        flags["LOG_DESTINATION"] = ("--log-destination", "otlp")
+        flags["OTLP_ENDPOINT"] = ("--otlp-endpoint", log.otlp_endpoint)
+        if log.otlp_traces:
+            flags["TRACE_ENABLED"] = ("--trace-enabled",)
+        if log.otlp_metrics:
+            flags["METRICS_ENABLED"] = ("--metrics-enabled",)
+        if log.level in _CHATTY:
+            flags["OTHER_LOG_LEVEL"] = ("--other-log-level", "info")
+        return flags
+
     def _config_flags(self) -> tuple[str, ...]:
         if self._config_stdin is not None:
             return ("--config-stdin",)
@@ -207,8 +231,25 @@ class ServerOptions:
 
     def _is_set(self, name: str) -> bool:
         """True if ``env=`` sets a flag's variable and no option says otherwise."""
-        chosen = {"PORT": self.port, "CONFIG": self.config_path}
-        return _PREFIX + name in self.env and chosen.get(name) is None
+        return _PREFIX + name in self.env and name not in self._chosen()
+
+    def _chosen(self) -> set[str]:
+        """The flags whose options are not at their defaults.
+
+        Not the destination of the logs, which has no option of its own: so a variable can
+        keep them out of an ``otlp_endpoint`` that is given for traces or metrics.
+        """
+        log, default = self.log_config, _DEFAULT_LOG_CONFIG
+        chosen = {
+            "PORT": self.port is not None,
+            "CONFIG": self.config_path is not None,
+            "LOG_LEVEL": log.level != default.level,
+            "LOG_FORMAT": not log.capture and log.format != default.format,
+            "OTLP_ENDPOINT": log.otlp_endpoint is not None,
+            "TRACE_ENABLED": log.otlp_traces,
+            "METRICS_ENABLED": log.otlp_metrics,
+        }
+        return {name for name, is_chosen in chosen.items() if is_chosen}
 
     def _environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
         env: dict[str, str] = {}

@@ -24,6 +24,7 @@ import psutil
 from ..errors import ServerStartError
 from ..logs.entry import LogEntry
 from ..logs.own import report
+from ..loops import Announcer
 from ..threads import run_blocking
 from .options import Command
 from .platform import KILLED, Child, spawn
@@ -105,7 +106,7 @@ class ServerProcess:
         self.stdout = child.stdout
         self.stderr = child.stderr
         self.announced_port: int | None = None
-        self._announced = anyio.Event()
+        self._announcer = Announcer()
 
     @classmethod
     async def spawn(cls, binary: Path, command: Command) -> ServerProcess:
@@ -129,19 +130,22 @@ class ServerProcess:
             raise
 
     def hear(self, line: bytes) -> bool:
-        """Take a line of standard output; True if it was the announcement of the port."""
+        """Take a line of standard output; True if it was the announcement of the port.
+
+        For any thread.
+        """
         if self.announced_port is not None or not line.startswith(b'{"port"'):
             return False
         try:
             self.announced_port = _decode_announcement(line).port
         except msgspec.DecodeError:
             return False
-        self._announced.set()
+        self._announcer.announce()
         return True
 
     async def wait_port(self) -> int:
         """Wait until the server has announced its port."""
-        await self._announced.wait()
+        await self._announcer.wait_until(lambda: self.announced_port is not None)
         assert self.announced_port is not None
         return self.announced_port
 

@@ -164,7 +164,8 @@ class Supervisor:
         seconds = self._options.shutdown_timeout if within is None else within
         before = self._stop_within
         self._stop_within = seconds if before is None else min(before, seconds)
-        self.journal.enter(RuntimeState.STOPPED, only_from=RuntimeState.NEW)
+        if self.journal.enter(RuntimeState.STOPPED, only_from=RuntimeState.NEW):
+            self.logs.end()
         self.journal.announce()
 
     def is_calling(self) -> bool:
@@ -306,16 +307,20 @@ class Supervisor:
         finally:
             self.stop_serving()
             try:
-                await self._dismiss_guard()
+                await self._clear_up()
             finally:
                 self._finish()
 
-    async def _dismiss_guard(self) -> None:
+    async def _clear_up(self) -> None:
+        def clear_up() -> None:
+            self.logs.close()
+            self._guard.dismiss()
+
         with anyio.CancelScope(shield=True):
             try:
-                await run_blocking(self._guard.dismiss)
+                await run_blocking(clear_up)
             except RuntimeError:  # no thread to be had: it takes a millisecond
-                self._guard.dismiss()
+                clear_up()
 
     async def _heed_stop(self, life: anyio.CancelScope) -> None:
         await self.journal.wait_until(lambda: self._stop_within is not None)
@@ -365,6 +370,7 @@ class Supervisor:
         def prepare() -> tuple[ServerOptions, Path]:
             options = self._options.anchored()
             binary = find_binary(options.binary, os.environ)
+            self._open_logs()
             self._guard.engage()
             return options, binary
 
@@ -375,6 +381,19 @@ class Supervisor:
                 f"the working directory cannot be used: {exc}"
             ) from exc
         return binary
+
+    def _open_logs(self) -> None:
+        try:
+            self.logs.open()
+        except OSError as exc:
+            raise ServerStartError(
+                f"log_config.file_path: log lines cannot be written there: {exc}"
+            ) from exc
+
+    def hurry_logs(self) -> None:
+        """Have what the server has written taken without delay."""
+        if (incarnation := self._incarnation) is not None:
+            incarnation.hurry_logs()
 
     async def _incarnate(self, binary: Path) -> ServerExit:
         self._incarnations += 1
@@ -457,6 +476,7 @@ class Supervisor:
     # -- state ---------------------------------------------------------------------
 
     def _finish(self) -> None:
+        self.logs.end()
         if not self.state.is_final:
             self.journal.enter(RuntimeState.STOPPED, pid=None)
 
@@ -484,6 +504,7 @@ class Supervisor:
     def _fail(self, failure: Callable[[], ServerError], **details: Any) -> None:
         self._ready = None
         self._failure = failure
+        self.logs.end()
         self.journal.enter(RuntimeState.FAILED, pid=None, **details)
 
     def _is_decided(self) -> bool:

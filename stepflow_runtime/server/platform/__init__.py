@@ -1,8 +1,8 @@
 """What differs by operating system, a file each, behind one signature.
 
 ``spawn(binary, command)`` starts a process in a session of its own and returns a
-:class:`Child`; ``read(fd)`` reads from its pipes; ``KILLED`` is the exit code of one that
-we killed. What CI does not run says so: ``macos``, ``windows``. On other systems ``spawn``
+:class:`Child`, with a :class:`Pipe` for each of its outputs; ``KILLED`` is the exit code of
+one that we killed. What CI does not run says so: ``macos``, ``windows``. On other systems ``spawn``
 fails.
 """
 
@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 from typing import Protocol
 
+from ...logs.pump import Pipe
 from ..options import Command
 
-__all__ = ["KILLED", "Child", "read", "spawn"]
+__all__ = ["KILLED", "Child", "spawn"]
 
 
 class Child(Protocol):
@@ -24,9 +25,16 @@ class Child(Protocol):
     """
 
     pid: int
-    stdout: int
-    """The reading end of its standard output: a descriptor for ``read``."""
-    stderr: int
+
+    @property
+    def stdout(self) -> Pipe:
+        """The reading end of its standard output."""
+        ...
+
+    @property
+    def stderr(self) -> Pipe:
+        """That of its standard error."""
+        ...
 
     async def wait_exit(self) -> None:
         """Wait until it has ended. It is not reaped, so its pid is still its own."""
@@ -66,18 +74,18 @@ class Child(Protocol):
         ...
 
     def close(self) -> None:
-        """Close every descriptor."""
+        """Close every descriptor. A pipe that is being read is closed by who reads it."""
         ...
 
 
 if sys.platform == "linux":
-    from .linux import KILLED, read, spawn
+    from .linux import KILLED, spawn
 elif sys.platform == "darwin":
-    from .macos import KILLED, read, spawn
+    from .macos import KILLED, spawn
 elif sys.platform == "win32":
-    from .windows import KILLED, read, spawn
+    from .windows import KILLED, spawn
 else:
-    from .posix import KILLED, read
+    from .posix import KILLED
 
     def spawn(binary: Path, command: Command) -> Child:
         raise OSError(

@@ -14,7 +14,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import anyio
 import psutil
@@ -25,14 +27,24 @@ from ..options import Command
 
 assert sys.platform == "linux"  # for mypy, which has to know that before the import
 
-from .posix import KILLED, PosixChild, filled_pipe, nothing, read, start
+from .posix import (
+    KILLED,
+    Bell,
+    Pipe,
+    PosixChild,
+    filled_pipe,
+    nothing,
+    start,
+    two_bells,
+)
 
-__all__ = ["KILLED", "LinuxChild", "read", "spawn"]
+__all__ = ["KILLED", "LinuxChild", "spawn"]
 
 _HAS_PIDFD = hasattr(os, "pidfd_open")
 
 # What a pipe holds, unless it is told otherwise.
 _PIPE_SIZE = 65536
+_LOG_PIPE_SIZE = 1024 * 1024
 
 
 def spawn(binary: Path, command: Command) -> LinuxChild:
@@ -44,12 +56,12 @@ def spawn(binary: Path, command: Command) -> LinuxChild:
     # Opened first: after the spawn nothing may fail before somebody owns the process.
     spare = nothing()
     try:
-        with no_forks():
+        with two_bells() as bells, no_forks():
             process = start(binary, command, _stdin(command.stdin))
     except BaseException:
         os.close(spare)
         raise
-    return LinuxChild(process, spare)
+    return LinuxChild(process, bells, spare)
 
 
 def _stdin(content: bytes | None) -> int:
@@ -62,16 +74,31 @@ def _stdin(content: bytes | None) -> int:
     return reading
 
 
+def _widened(pipe: int) -> int:
+    """Let it hold more, for the moments in which none of our threads can run.
+
+    Returns how many bytes it holds.
+    """
+    with suppress(OSError):  # this user's pipes hold much already
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _LOG_PIPE_SIZE)
+    return fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ)
+
+
 def _make_room(pipe: int, size: int) -> None:
     if size > _PIPE_SIZE:
         fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, size)
 
 
 class LinuxChild(PosixChild):
-    def __init__(self, process: subprocess.Popen[bytes], spare: int) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], bells: tuple[Bell, Bell], spare: int
+    ) -> None:
         self._pidfd = _pidfd_of(process.pid)
         self._spare: int | None = spare
-        super().__init__(process)
+        super().__init__(process, bells)
+
+    def _pipe(self, pipe: IO[bytes], bell: Bell) -> Pipe:
+        return Pipe(pipe, bell, _widened(pipe.fileno()))
 
     async def wait_exit(self) -> None:
         if self._process.returncode is not None:

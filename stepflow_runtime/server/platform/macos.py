@@ -38,15 +38,16 @@ assert sys.platform == "darwin" or not TYPE_CHECKING
 
 from .posix import (
     KILLED,
+    Bell,
     PosixChild,
     filled_pipe,
     is_alive,
     nothing,
-    read,
     start,
+    two_bells,
 )
 
-__all__ = ["KILLED", "MacChild", "read", "spawn"]
+__all__ = ["KILLED", "MacChild", "spawn"]
 
 # How soon to look again for what the kernel tells nobody of.
 _PAUSE: Final = 0.005
@@ -59,13 +60,14 @@ def spawn(binary: Path, command: Command) -> MacChild:
     """
     kqueue = select.kqueue()
     try:
-        process = start(binary, command, _stdin(command.stdin))
-        try:
-            return MacChild(process, kqueue)
-        except BaseException:
-            with process:  # nobody owns it yet
-                process.kill()
-            raise
+        with two_bells() as bells:
+            process = start(binary, command, _stdin(command.stdin))
+            try:
+                return MacChild(process, bells, kqueue)
+            except BaseException:
+                with process:  # nobody owns it yet
+                    process.kill()
+                raise
     except BaseException:
         kqueue.close()
         raise
@@ -88,11 +90,16 @@ def _nameless_file(content: bytes) -> int:
 
 
 class MacChild(PosixChild):
-    def __init__(self, process: subprocess.Popen[bytes], kqueue: select.kqueue) -> None:
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        bells: tuple[Bell, Bell],
+        kqueue: select.kqueue,
+    ) -> None:
         self._kqueue = kqueue
         self._identity = _identity_of_child(process.pid)
         self._will_be_told = _ask_to_be_told(kqueue, process.pid)
-        super().__init__(process)
+        super().__init__(process, bells)
 
     async def wait_exit(self) -> None:
         if self._process.returncode is not None:

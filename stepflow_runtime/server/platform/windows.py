@@ -14,28 +14,29 @@ calls made to a stand-in for kernel32. What differs from POSIX systems:
   share with it. Without one, it is killed. The server (0.13) listens to CTRL+C alone, which
   cannot be sent to a group: a CTRL+BREAK ends it at once, and the workers, too.
 - A process that has ended leaves nothing to look at: exit codes of workers cannot be had.
-- A pipe cannot be waited for: each read is a thread's, and what comes after its task was
-  cancelled is lost.
+- A pipe cannot be waited for together with anything else: it is looked at, again and again.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import subprocess
 import sys
 import threading
 import time
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import psutil
 
 from ...threads import run_abandonable
 from ..options import Command
 
-__all__ = ["KILLED", "Job", "WindowsChild", "read", "spawn"]
+__all__ = ["KILLED", "Job", "Pipe", "WindowsChild", "spawn"]
 
 # The code with which we end processes: what shells make of a SIGKILL.
 KILLED: Final = 137
@@ -59,11 +60,68 @@ _LIMIT_KILL_ON_JOB_CLOSE: Final = 0x00002000
 _SWEEP_PASS: Final = 0.01
 
 _READ_SIZE: Final = 65536
+_LOOK_AGAIN: Final = 0.01
 
 
-async def read(fd: int) -> bytes:
-    """Read what is there of a pipe, or wait for it; ``b""`` at its end."""
-    return await run_abandonable(os.read, fd, _READ_SIZE)
+class Pipe:
+    """As the one of POSIX systems. A pipe cannot be waited for, so it is looked at."""
+
+    def __init__(self, kernel32: Any, pipe: IO[bytes]) -> None:
+        self._kernel32 = kernel32
+        self._pipe = pipe
+        self._lock = threading.Lock()
+        self._hurry = threading.Event()
+        self._is_finishing = False
+        self._is_closed = False
+
+    def read(self, timeout: float | None = None) -> bytes | None:
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        while True:
+            is_finishing = self._is_finishing
+            with self._lock:
+                if self._is_closed:
+                    return b""
+                if waiting := self._count_waiting():
+                    return os.read(self._pipe.fileno(), min(waiting, _READ_SIZE))
+            if waiting is None or is_finishing:
+                return b""
+            if time.monotonic() >= deadline:
+                return None
+            self._hurry.wait(_LOOK_AGAIN)
+
+    def rest(self) -> None:
+        """It is looked at from time to time anyway."""
+
+    def hurry(self) -> None:
+        self._hurry.set()
+
+    def finish(self) -> None:
+        self._is_finishing = True
+        self._hurry.set()
+
+    def close(self) -> None:
+        self.finish()
+        with self._lock:
+            self._is_closed = True
+            self._pipe.close()
+
+    def _count_waiting(self) -> int | None:
+        """How many bytes there are to read; None at the pipe's end."""
+        waiting = ctypes.c_uint32()
+        handle = _handle_of(self._pipe.fileno())
+        try:
+            self._kernel32.PeekNamedPipe(
+                handle, None, 0, None, ctypes.byref(waiting), None
+            )
+        except OSError:  # nobody is left who could write
+            return None
+        return waiting.value
+
+
+def _handle_of(fd: int) -> int:
+    msvcrt: Any = import_module("msvcrt")  # there is one on Windows only
+    handle: int = msvcrt.get_osfhandle(fd)
+    return handle
 
 
 def spawn(binary: Path, command: Command) -> WindowsChild:
@@ -153,12 +211,11 @@ class WindowsChild:
     ) -> None:
         assert process.stdout is not None and process.stderr is not None
         self._process = process
-        self._pipes = (process.stdout, process.stderr)
         self._job = job
         self._has_console = has_console
         self.pid = process.pid
-        self.stdout = process.stdout.fileno()
-        self.stderr = process.stderr.fileno()
+        self.stdout = Pipe(job.kernel32, process.stdout)
+        self.stderr = Pipe(job.kernel32, process.stderr)
 
     async def wait_exit(self) -> None:
         if self._process.poll() is None:
@@ -188,16 +245,8 @@ class WindowsChild:
 
     def close(self) -> None:
         self._job.close()
-        # Not here: to close what a thread still reads from waits for that read, and so for
-        # whoever holds the other end, were it a stranger that inherited it.
-        with suppress(
-            RuntimeError
-        ):  # no thread to be had: then Popen's end closes them
-            threading.Thread(target=self._close_pipes, daemon=True).start()
-
-    def _close_pipes(self) -> None:
-        for pipe in self._pipes:
-            pipe.close()
+        self.stdout.close()
+        self.stderr.close()
 
     def _break(self) -> bool:
         return self._has_console and self._job.send_break(self.pid)
@@ -263,7 +312,7 @@ class Job:
     """
 
     def __init__(self, kernel32: Any) -> None:
-        self._kernel32 = kernel32
+        self.kernel32 = kernel32
         # A number that was closed can be another job's: nobody uses it while it is closed.
         self._lock = threading.Lock()
         self._handle: int | None = kernel32.CreateJobObjectW(None, None)
@@ -286,11 +335,11 @@ class Job:
         :raises OSError: if that fails
         """
         rights = _PROCESS_SET_QUOTA | _PROCESS_TERMINATE
-        process = self._kernel32.OpenProcess(rights, False, pid)
+        process = self.kernel32.OpenProcess(rights, False, pid)
         try:
-            self._kernel32.AssignProcessToJobObject(self._handle, process)
+            self.kernel32.AssignProcessToJobObject(self._handle, process)
         finally:
-            self._kernel32.CloseHandle(process)
+            self.kernel32.CloseHandle(process)
 
     def members(self) -> list[int]:
         """The pids of its processes, or of the first of them."""
@@ -306,16 +355,16 @@ class Job:
             if self._handle is None:
                 return
             # From here on the number is its own: a handle keeps it.
-            process = self._kernel32.OpenProcess(rights, False, pid)
+            process = self.kernel32.OpenProcess(rights, False, pid)
             try:
                 is_member = ctypes.c_int(0)
-                self._kernel32.IsProcessInJob(
+                self.kernel32.IsProcessInJob(
                     process, self._handle, ctypes.byref(is_member)
                 )
                 if is_member.value:
-                    self._kernel32.TerminateProcess(process, KILLED)
+                    self.kernel32.TerminateProcess(process, KILLED)
             finally:
-                self._kernel32.CloseHandle(process)
+                self.kernel32.CloseHandle(process)
 
     def kill_all(self) -> int:
         """Kill all its processes, which takes a moment; return how many there were."""
@@ -323,13 +372,13 @@ class Job:
         self._query(_BASIC_ACCOUNTING_INFORMATION, accounting)
         with self._lock:
             if self._handle is not None and accounting.ActiveProcesses:
-                self._kernel32.TerminateJobObject(self._handle, KILLED)
+                self.kernel32.TerminateJobObject(self._handle, KILLED)
         return int(accounting.ActiveProcesses)
 
     def send_break(self, group: int) -> bool:
         """Send CTRL+BREAK to a process group of our console; False if that fails."""
         try:
-            self._kernel32.GenerateConsoleCtrlEvent(_CTRL_BREAK_EVENT, group)
+            self.kernel32.GenerateConsoleCtrlEvent(_CTRL_BREAK_EVENT, group)
         except OSError:
             return False
         return True
@@ -339,12 +388,12 @@ class Job:
         with self._lock:
             handle, self._handle = self._handle, None
             if handle is not None:
-                self._kernel32.CloseHandle(handle)
+                self.kernel32.CloseHandle(handle)
 
     def _query(self, kind: int, answer: ctypes.Structure) -> None:
         with self._lock:
             if self._handle is not None:
-                self._kernel32.QueryInformationJobObject(
+                self.kernel32.QueryInformationJobObject(
                     self._handle,
                     kind,
                     ctypes.byref(answer),
@@ -364,6 +413,7 @@ _FALLIBLE: Final[dict[str, tuple[Any, tuple[Any, ...]]]] = {
     "CreateJobObjectW": (_HANDLE, (_POINTER, ctypes.c_wchar_p)),
     "SetInformationJobObject": (_BOOL, (_HANDLE, _BOOL, _POINTER, _DWORD)),
     "QueryInformationJobObject": (_BOOL, (_HANDLE, _BOOL, _POINTER, _DWORD, _POINTER)),
+    "PeekNamedPipe": (_BOOL, (_HANDLE, _POINTER, _DWORD, _POINTER, _POINTER, _POINTER)),
     "AssignProcessToJobObject": (_BOOL, (_HANDLE, _HANDLE)),
     "IsProcessInJob": (_BOOL, (_HANDLE, _HANDLE, _POINTER)),
     "TerminateJobObject": (_BOOL, (_HANDLE, _UINT)),

@@ -1,0 +1,152 @@
+"""Entries as records of a Python logger.
+
+Contract: a record has the server's time stamp, level, source file and line, and the entry
+itself as ``record.stepflow``: the entry's own names (``message``, ``line``, ``file``) would
+collide with those of the record. What a program has set for making records has the say.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+from .entry import LogEntry, decode, told_level
+from .ring import Kept
+
+__all__ = ["TRACE", "LoggerSink"]
+
+TRACE: Final = 5
+logging.addLevelName(TRACE, "TRACE")
+
+_LEVELS: Final = {
+    "TRACE": TRACE,
+    "DEBUG": logging.DEBUG,
+    "INFO": logging.INFO,
+    "WARN": logging.WARNING,
+    "ERROR": logging.ERROR,
+}
+
+
+class LoggerSink:
+    """Hands entries to the Python logger of the given name, where that is enabled."""
+
+    def __init__(self, name: str) -> None:
+        self._logger = logging.getLogger(name)
+        if not self._logger.handlers and self._logger is not logging.getLogger():
+            # Without this, a program that configures no logging gets warnings on stderr.
+            self._logger.addHandler(logging.NullHandler())
+
+    def __str__(self) -> str:
+        return f"a handler or filter of the logger {self._logger.name!r}"
+
+    def take(
+        self, lines: Iterable[Kept], failed: Callable[[BaseException], None]
+    ) -> None:
+        """Make records of the lines whose level is enabled.
+
+        Each is decoded, handled and dropped before the next: twice as fast as decoding all
+        of them first, since it stays in the processor's cache.
+
+        :param failed: called with what a handler or filter raises; the others go on
+        """
+        enabled = self._logger.isEnabledFor
+        levels = {name for name, level in _LEVELS.items() if enabled(level)}
+        if not levels:
+            return
+        is_all = len(levels) == len(_LEVELS)
+        make = _maker(self._logger)
+        handle = _handling(self._logger)
+        for line in lines:
+            if isinstance(line, bytes):
+                if not (is_all or told_level(line) in levels):
+                    continue
+                entry = decode(line, "stdout")
+            else:
+                entry = line
+            if entry.level in levels:
+                try:
+                    handle(make(entry))
+                except BaseException as exc:  # noqa: BLE001 - the users' handlers
+                    failed(exc)
+
+
+def _handling(logger: logging.Logger) -> Callable[[logging.LogRecord], object]:
+    """What to do with each record of a batch: what ``logger.handle`` would.
+
+    It would look for the same handlers each time, up the tree of loggers.
+    """
+    handlers: list[logging.Handler] = []
+    each: logging.Logger | None = logger
+    while each is not None:
+        handlers += each.handlers
+        each = each.parent if each.propagate else None
+    if type(logger) is not logging.Logger or logger.filters or not handlers:
+        return logger.handle
+
+    def handle(record: logging.LogRecord) -> None:
+        level = record.levelno
+        for handler in handlers:
+            if level >= handler.level:
+                handler.handle(record)
+
+    return handle
+
+
+def _maker(logger: logging.Logger) -> Callable[[LogEntry], logging.LogRecord]:
+    """How records are made for a batch.
+
+    To find out what is the same for all records takes ``LogRecord`` as long as everything
+    else together; so it is asked once for each place in the server's source.
+    """
+    if (
+        logging.getLogRecordFactory() is not logging.LogRecord
+        or type(logger).makeRecord is not logging.Logger.makeRecord
+    ):
+        return lambda entry: _ordinary(logger, entry)
+    patterns: dict[tuple[object, ...], dict[str, Any]] = {}
+    started = 0.0
+
+    def pattern_of(key: tuple[object, ...], entry: LogEntry) -> dict[str, Any]:
+        nonlocal started
+        record = _ordinary(logger, entry)
+        started = record.created - record.relativeCreated / 1000
+        patterns[key] = record.__dict__
+        return record.__dict__
+
+    def make(entry: LogEntry) -> logging.LogRecord:
+        key = (entry.file, entry.line, entry.level, entry.stream)
+        attributes = (patterns.get(key) or pattern_of(key, entry)).copy()
+        timestamp = entry.timestamp
+        created = timestamp.timestamp()
+        attributes["msg"] = entry.message
+        attributes["created"] = created
+        attributes["msecs"] = float(timestamp.microsecond // 1000)
+        attributes["relativeCreated"] = (created - started) * 1000
+        attributes["stepflow"] = entry
+        record = _new_record(logging.LogRecord)
+        record.__dict__ = attributes
+        return record
+
+    return make
+
+
+_new_record: Final = logging.LogRecord.__new__
+
+
+def _ordinary(logger: logging.Logger, entry: LogEntry) -> logging.LogRecord:
+    record = logger.makeRecord(
+        logger.name,
+        _LEVELS[entry.level],
+        entry.file or f"({entry.stream})",
+        entry.line or 0,
+        entry.message,
+        (),
+        None,
+    )
+    read_at = record.created
+    record.created = entry.timestamp.timestamp()
+    record.msecs = float(entry.timestamp.microsecond // 1000)
+    record.relativeCreated += (record.created - read_at) * 1000
+    record.stepflow = entry
+    return record
