@@ -57,11 +57,10 @@ __all__ = ["StepflowRuntime"]
 # would take them up again later. A run that was just sent tells its id after a second.
 _LAST_ERRANDS: Final = 2.0
 
-# How many of the newest log entries are searched for what a failed run has to say, and how
-# often. There need not be any.
+# How many of the newest log entries are searched for what a failed run has to say, and when.
+# There need not be any.
 _LOOK_BACK: Final = 5000
-_LOG_LOOKS: Final = 4
-_LOG_PAUSE: Final = 0.005
+_LOG_PAUSES: Final = (0.0003, 0.0006, 0.001, 0.002, 0.005, 0.01, 0.01)
 
 
 class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
@@ -495,19 +494,20 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
     ) -> list[tuple[LogEntry, ...]]:
         """They come by another way than the answer, and may be a moment behind it."""
         logs: list[tuple[LogEntry, ...]] = []
-        for _ in range(_LOG_LOOKS):
+        for pause in _LOG_PAUSES:
             self._supervisor.hurry_logs()
+            await anyio.sleep(pause)
             entries = self._supervisor.logs.about(run_id, _LOOK_BACK)
             failures = Failures(entries, run_id, since)
             logs = [failures.of(error) for error in errors]
             # A worker's standard error comes by yet another way.
             may_miss = any(
-                error.code == "COMPONENT_FAILED" and not found
+                error.code == "COMPONENT_FAILED"
+                and not any(each.stream == "stderr" for each in found)
                 for error, found in zip(errors, logs, strict=True)
             )
             if failures.is_all and not may_miss:
                 break
-            await anyio.sleep(_LOG_PAUSE)
         return logs
 
     async def _settle(self, timeout: float | None = None) -> None:

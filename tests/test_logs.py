@@ -129,7 +129,6 @@ def test_what_an_entry_has_no_field_for_is_in_extra() -> None:
         extra={
             "level": "notice",
             "line": "x",
-            "target": None,
             "name": "n",
             "args": [1],
             "diags": {"run_id": 5, "sampled": True, "user": "u"},
@@ -137,6 +136,35 @@ def test_what_an_entry_has_no_field_for_is_in_extra() -> None:
     )
     assert decode(line(diags=[1]), "stdout").extra == {"diags": [1]}
     assert decode(line(level="warning"), "stdout").level == "WARN"
+
+
+RUN = "01a20999-149c-7742-8de2-ca3113ca3b92"
+OTHER = "01a20999-1524-7a73-b2bd-ea83e2f45008"
+
+
+@pytest.mark.parametrize(
+    ("message", "run_id"),
+    [
+        (f"Items execution completed: run_id={RUN}, item_count=1", RUN),
+        (f"Items execution completed: run_id={OTHER}, item_count=1", OTHER),
+        ("Starting", OTHER),
+        ("a run_id=other one", OTHER),
+        (f"task_id={RUN}, parent_run_id={RUN}", OTHER),
+    ],
+)
+@pytest.mark.parametrize("odd", [{}, {"odd": 1}])
+def test_a_run_that_the_message_names_has_the_say(
+    message: str, run_id: str, odd: dict[str, Any]
+) -> None:
+    """When runs overlap, diags name the wrong one."""
+    diags = {**DIAGS, "run_id": OTHER}
+    entry = decode(line(message=message, diags=diags, **odd), "stdout")
+    assert entry.run_id == run_id
+    assert entry.extra["diags"].get("run_id") == (OTHER if run_id == RUN else None)
+    outside = {name: value for name, value in LINE.items() if name != "diags"}
+    raw = json.dumps({**outside, "message": message, **odd}).encode()
+    named = None if "completed" not in message else run_id
+    assert decode(raw, "stdout").run_id == named
 
 
 @pytest.mark.parametrize(

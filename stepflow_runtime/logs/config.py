@@ -38,11 +38,12 @@ class LogConfig:
     :ivar python_logger: the name of the Python logger, or None for no logger
     :ivar file_path: the file that the lines are appended to, or None. Its directory has to
         exist. It is opened anew when it was moved away (rotated)
-    :ivar otlp_endpoint: the ``http://`` or ``https://`` address of an OpenTelemetry
-        collector (gRPC) that the server sends its log records to, in the place of its
-        standard output; what is still printed takes the other ways
-    :ivar otlp_traces: send spans to ``otlp_endpoint``, too
-    :ivar otlp_metrics: send metrics to ``otlp_endpoint``, too
+    :ivar otlp_endpoint: the address of an OpenTelemetry collector, ``http://host:port``,
+        that the server sends its log records to (gRPC, compressed with zstd), in the place
+        of its standard output; what is still printed takes the other ways. Of modules that
+        are not Stepflow's own, levels below ``"info"`` are not sent
+    :ivar otlp_traces: send spans to ``otlp_endpoint``, too. A stop takes a second longer
+    :ivar otlp_metrics: send metrics to ``otlp_endpoint``, too, every 10 s
     :ivar keep: how many of the newest entries are kept, as long as they are not over 1 KiB
         each on average, or 32 MiB together if that is more
     :ivar redact: called with each entry before anything else sees it, in threads of ours,
@@ -106,18 +107,26 @@ class LogConfig:
         # The address itself is not shown before it is known to hold no password.
         try:
             parts = urlsplit(self.otlp_endpoint)
-            has_host = bool(parts.hostname) and parts.port != 0
-        except ValueError:
-            has_host = False
-        if not has_host or parts.scheme not in ("http", "https"):
-            raise ValueError(
-                "log_config.otlp_endpoint must be like http://host:4317 or "
-                "https://host:4317"
+            is_good = (
+                bool(parts.hostname and parts.port) and self.otlp_endpoint.isascii()
             )
-        if parts.username is not None or parts.password is not None:
+        except ValueError:
+            is_good = False
+        if is_good and "@" in parts.netloc:
             raise ValueError(
-                "log_config.otlp_endpoint cannot have a user name or password: the server "
-                "would not send them. Set OTEL_EXPORTER_OTLP_HEADERS in env= instead"
+                "log_config.otlp_endpoint cannot have a user name or password: they would "
+                "be sent in clear. Set OTEL_EXPORTER_OTLP_HEADERS in env= instead"
+            )
+        if is_good and parts.scheme == "https":
+            raise ValueError(
+                "log_config.otlp_endpoint must begin with http://: the server has no TLS "
+                "for this, and would send everything in clear to an https address. Let a "
+                "collector on this machine send it on"
+            )
+        if not is_good or parts.scheme != "http":
+            raise ValueError(
+                "log_config.otlp_endpoint must be the address of a collector with its "
+                "port, like http://localhost:4317"
             )
 
 

@@ -8,13 +8,14 @@ what they take, is in ``extra``.
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 import msgspec
 
-__all__ = ["LEVELS", "LogEntry", "Stream", "decode", "plain", "told_level"]
+__all__ = ["LEVELS", "LogEntry", "Stream", "check", "decode", "plain", "told_level"]
 
 Stream: TypeAlias = Literal["stdout", "stderr"]
 
@@ -36,8 +37,8 @@ class LogEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     :ivar target: the server's module that logged it, or ``""``
     :ivar file: that module's source file, or None
     :ivar line: the line in it, or None
-    :ivar run_id: the run it belongs to, or None. When runs overlap the server can name
-        the wrong one
+    :ivar run_id: the run it belongs to, or None. When runs overlap the server often names
+        none, or the wrong one; a run that the message names has the say
     :ivar flow_id: the flow of that run, or None
     :ivar step_id: the step, or None
     :ivar trace_id: the OpenTelemetry trace, or None
@@ -62,6 +63,25 @@ class LogEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     def __str__(self) -> str:
         target = f"{self.target}: " if self.target else ""
         return f"{self.level:<5} {target}{self.message}"
+
+
+def check(entry: object) -> None:
+    """Refuse what is no proper entry, whoever made it.
+
+    :raises TypeError: if it is not
+    """
+    if not isinstance(entry, LogEntry):
+        raise TypeError(f"a LogEntry is wanted, not {type(entry).__name__}")
+    try:
+        _decode_entry(_encode(entry))
+    except (msgspec.MsgspecError, TypeError, RecursionError) as exc:
+        raise TypeError("a field of the LogEntry is of the wrong type") from exc
+    if entry.level not in _LEVELS or entry.timestamp.tzinfo is None:
+        raise TypeError("the level or the time stamp of the LogEntry is none")
+
+
+_encode: Final = msgspec.json.Encoder().encode
+_decode_entry: Final = msgspec.json.Decoder(LogEntry).decode
 
 
 class _Diags(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
@@ -96,6 +116,8 @@ _TOLD: Final = {
 
 _LEVELS: Final = frozenset(_TOLD.values())
 _NAMES: Final = {"WARNING": "WARN", "CRITICAL": "ERROR", "FATAL": "ERROR"}
+_NAMING: Final = " run_id="
+_RUN_ID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b")
 _IDS: Final = ("run_id", "flow_id", "step_id", "trace_id", "span_id")
 
 
@@ -113,31 +135,57 @@ def decode(line: bytes, stream: Stream) -> LogEntry:
     if parsed.timestamp.tzinfo is None:
         return _decode_unusual(line, stream)
     diags = parsed.diags
+    message = parsed.message
+    extra: dict[str, Any] = {}
     if diags is None:
         return LogEntry(
             timestamp=parsed.timestamp,
             level=parsed.level,
-            message=parsed.message,
+            message=message,
             stream=stream,
             target=parsed.target,
             file=parsed.file,
             line=parsed.line,
+            run_id=_run_in(message, None, extra),
+            extra=extra,
         )
+    if diags.sampled is not None:
+        extra["diags"] = {"sampled": diags.sampled}
+    run_id = diags.run_id
+    if run_id is None or run_id not in message:
+        run_id = _run_in(message, run_id, extra)
     return LogEntry(
         timestamp=parsed.timestamp,
         level=parsed.level,
-        message=parsed.message,
+        message=message,
         stream=stream,
         target=parsed.target,
         file=parsed.file,
         line=parsed.line,
-        run_id=diags.run_id,
+        run_id=run_id,
         flow_id=diags.flow_id,
         step_id=diags.step_id,
         trace_id=diags.trace_id,
         span_id=diags.span_id,
-        extra={} if diags.sampled is None else {"diags": {"sampled": diags.sampled}},
+        extra=extra,
     )
+
+
+def _run_in(message: str, told: str | None, extra: dict[str, Any]) -> str | None:
+    """The run that a line is of, where its diags tell ``told``.
+
+    When runs overlap the server's diags have the wrong one, or none. Messages with a run in
+    them are right; what they overrule stays in ``extra``.
+    """
+    place = message.find(_NAMING)
+    if place < 0:
+        return told
+    place += len(_NAMING)
+    if (named := _RUN_ID.match(message, place)) is None or named[0] == told:
+        return told
+    if told is not None:
+        extra.setdefault("diags", {})["run_id"] = told
+    return named[0]
 
 
 def _decode_unusual(line: bytes, stream: Stream) -> LogEntry:
@@ -154,6 +202,10 @@ def _decode_unusual(line: bytes, stream: Stream) -> LogEntry:
     known = _NAMES.get(level.upper(), level.upper())
     if known not in _LEVELS:
         fields["level"] = level
+    if fields.get("stream") == stream:
+        del fields["stream"]  # as we write it into a file
+    ids = _take_ids(fields)
+    ids["run_id"] = _run_in(message, ids.get("run_id"), fields)
     return LogEntry(
         timestamp=timestamp,
         level=known if known in _LEVELS else "INFO",
@@ -162,7 +214,7 @@ def _decode_unusual(line: bytes, stream: Stream) -> LogEntry:
         target=_take(fields, "target", str) or "",
         file=_take(fields, "file", str),
         line=_take(fields, "line", int),
-        **_take_ids(fields),
+        **ids,
         extra=fields,
     )
 
@@ -178,11 +230,11 @@ def _take_ids(fields: dict[str, Any]) -> dict[str, str | None]:
 
 
 def _take(fields: dict[str, Any], name: str, kind: type[T]) -> T | None:
-    """Take a value out of ``fields``; one of another kind stays there."""
+    """Take a value out of ``fields``; one of another kind stays there, but for a null."""
     value = fields.get(name)
-    if type(value) is not kind:
+    if value is not None and type(value) is not kind:
         return None
-    del fields[name]
+    fields.pop(name, None)
     return value
 
 

@@ -83,6 +83,8 @@ def _handling(logger: logging.Logger) -> Callable[[logging.LogRecord], object]:
         each = each.parent if each.propagate else None
     if type(logger) is not logging.Logger or logger.filters or not handlers:
         return logger.handle
+    if len(handlers) == 1 and not handlers[0].level:
+        return handlers[0].handle
 
     def handle(record: logging.LogRecord) -> None:
         level = record.levelno

@@ -78,9 +78,9 @@ def as_json(entry: LogEntry) -> bytes:
     """Render an entry as a line of JSON, without a newline.
 
     It reads back as another entry where JSON cannot say what the entry has (surrogates,
-    which are written as their escapes; offsets from UTC with seconds; values in ``extra``
-    that are not JSON; a null, which is the same as nothing), and where ``extra`` claims
-    what is the entry's own: such values are put under ``"extra"``.
+    which are written as their escapes; values in ``extra`` that are not JSON; a null,
+    which is the same as nothing), and where ``extra`` claims what is the entry's own: such
+    values are put under ``"extra"``.
     """
     sampled = _sampled(entry.extra)
     if entry.extra and sampled is None:
@@ -128,10 +128,11 @@ def as_text(entry: LogEntry) -> bytes:
 
 def _stamp(timestamp: datetime) -> str:
     """The time as the server writes it; in the offset that the line had."""
-    # A third of the time that isoformat takes; but Z for the offset, and no zeros.
-    encoded = _encode(timestamp)
-    if len(encoded) == _ENCODED_LENGTH and encoded.endswith(b'Z"'):
-        return f"{encoded[1:-2].decode()}+00:00"
+    if timestamp.tzinfo is UTC:
+        # A third of the time that isoformat takes; but Z for the offset, and no zeros.
+        encoded = _encode(timestamp)
+        if len(encoded) == _ENCODED_LENGTH:
+            return f"{encoded[1:-2].decode()}+00:00"
     stamp = timestamp.isoformat("T", "microseconds")
     return stamp if len(stamp) == _STAMP_LENGTH else _stamp_in_utc(timestamp)
 

@@ -151,8 +151,10 @@ class LogFollower(AsyncIterator[LogEntry]):
         self.lost = 0
         self._ring = ring
         self._wanted = wanted
-        self._place = ring.taken
-        found = list(wanted.pick(ring.newest(ring.taken))) if recent else []
+        # In one look: between two of them there could be news.
+        kept, gone = ring.after(0)
+        self._place = gone + len(kept)
+        found = list(wanted.pick(kept)) if recent else []
         self._ready = deque(found[-recent:] if recent else [])
 
     def __aiter__(self) -> Self:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from .config import LogConfig
-from .entry import LogEntry, Stream, decode, told_level
+from .entry import LogEntry, Stream, check, decode, told_level
 from .files import LineSink, LogFile, ParentStderr
 from .own import report
 from .records import LoggerSink
@@ -82,7 +82,7 @@ class LogHub:
             if self._logger is not None:
                 self._logger.take(kept, self._report_logger)
             if self._lines is not None:
-                self._write(self._lines, lines if self._is_raw else self._render(kept))
+                self._write(self._lines, lines, kept)
 
     def follow(self, wanted: Filter, recent: int) -> LogFollower:
         return LogFollower(self._ring, wanted, recent)
@@ -141,10 +141,8 @@ class LogHub:
     ) -> LogEntry | None:
         try:
             redacted = redact(entry)
-            if redacted is not None and not isinstance(redacted, LogEntry):
-                raise TypeError(
-                    f"it must return a LogEntry or None, not {type(redacted).__name__}"
-                )
+            if redacted is not None:
+                check(redacted)
             return redacted
         except BaseException as exc:  # noqa: BLE001 - the user's function
             # Its traceback is not shown: the exception may quote what was to be hidden.
@@ -169,9 +167,11 @@ class LogHub:
             for line in lines
         ]
 
-    def _write(self, sink: LineSink, lines: Sequence[bytes]) -> None:
+    def _write(
+        self, sink: LineSink, lines: Sequence[bytes], kept: Sequence[Kept]
+    ) -> None:
         try:
-            sink.write(lines)
+            sink.write(lines if self._is_raw else self._render(kept))
         except BaseException as exc:  # noqa: BLE001 - the pump must go on
             self._report("lines", "writing log lines failed", exc=exc)
 

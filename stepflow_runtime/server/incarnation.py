@@ -342,5 +342,5 @@ class Incarnation:
         return (
             f"the Stepflow server {failure}.{ended}\n"
             f"It was started with {self._options.describe_config()}.\n"
-            f"{last_words(exit.recent_logs)}"
+            f"{last_words(exit.recent_logs)}{self._options.describe_logs()}"
         )

@@ -189,6 +189,12 @@ class ServerOptions:
             return "the configuration given as a mapping"
         return f"the configuration file {self.config_path}"
 
+    def describe_logs(self) -> str:
+        """Where else the server's words went, for messages."""
+        if self.log_config.otlp_endpoint is None:
+            return ""
+        return "\nIts log went to the collector of log_config.otlp_endpoint."
+
     def _argv(self, port: int, orchestrator_id: str) -> tuple[str, ...]:
         flags = {
             "PORT": ("--port", str(port)),
