@@ -8,10 +8,12 @@ collide with those of the record. What a program has set for making records has 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Final
 
-from .entry import LogEntry, decode, told_level
+from .entry import LogEntry, decode
 from .ring import Kept
 
 __all__ = ["TRACE", "LoggerSink"]
@@ -28,6 +30,10 @@ _LEVELS: Final = {
 }
 
 
+# So many places in the source; the server has some hundred.
+_MOST_PATTERNS: Final = 1000
+
+
 class LoggerSink:
     """Hands entries to the Python logger of the given name, where that is enabled."""
 
@@ -36,39 +42,61 @@ class LoggerSink:
         if not self._logger.handlers and self._logger is not logging.getLogger():
             # Without this, a program that configures no logging gets warnings on stderr.
             self._logger.addHandler(logging.NullHandler())
+        self._patterns: dict[object, dict[str, Any]] = {}
+        self._conditions: tuple[object, ...] = ()
 
     def __str__(self) -> str:
         return f"a handler or filter of the logger {self._logger.name!r}"
 
     def take(
-        self, lines: Iterable[Kept], failed: Callable[[BaseException], None]
+        self,
+        lines: Iterable[Kept],
+        levels: Iterable[str],
+        failed: Callable[[BaseException], None],
     ) -> None:
         """Make records of the lines whose level is enabled.
 
         Each is decoded, handled and dropped before the next: twice as fast as decoding all
         of them first, since it stays in the processor's cache.
 
+        :param levels: those of the lines
         :param failed: called with what a handler or filter raises; the others go on
         """
-        enabled = self._logger.isEnabledFor
-        levels = {name for name, level in _LEVELS.items() if enabled(level)}
-        if not levels:
+        logger = self._logger
+        enabled = {
+            name for name, level in _LEVELS.items() if logger.isEnabledFor(level)
+        }
+        if enabled.isdisjoint(levels):
             return
-        is_all = len(levels) == len(_LEVELS)
-        make = _maker(self._logger)
-        handle = _handling(self._logger)
-        for line in lines:
-            if isinstance(line, bytes):
-                if not (is_all or told_level(line) in levels):
-                    continue
-                entry = decode(line, "stdout")
-            else:
-                entry = line
-            if entry.level in levels:
+        make = self._maker()
+        handle = _handling(logger)
+        for line, level in zip(lines, levels, strict=True):
+            if level in enabled:
+                entry = decode(line, "stdout") if isinstance(line, bytes) else line
                 try:
                     handle(make(entry))
                 except BaseException as exc:  # noqa: BLE001 - the users' handlers
                     failed(exc)
+
+    def _maker(self) -> Callable[[LogEntry], logging.LogRecord]:
+        """How records are made for a batch.
+
+        To find out what is the same for all records takes ``LogRecord`` as long as
+        everything else together; so it is asked once for each place in the server's source.
+        """
+        logger = self._logger
+        if (
+            logging.getLogRecordFactory() is not logging.LogRecord
+            or type(logger).makeRecord is not logging.Logger.makeRecord
+        ):
+            return partial(_ordinary, logger)
+        conditions = (
+            threading.get_ident(),
+            *map(logging.getLevelName, _LEVELS.values()),
+        )
+        if conditions != self._conditions or len(self._patterns) > _MOST_PATTERNS:
+            self._patterns, self._conditions = {}, conditions
+        return partial(_copy, logger, self._patterns)
 
 
 def _handling(logger: logging.Logger) -> Callable[[logging.LogRecord], object]:
@@ -95,42 +123,25 @@ def _handling(logger: logging.Logger) -> Callable[[logging.LogRecord], object]:
     return handle
 
 
-def _maker(logger: logging.Logger) -> Callable[[LogEntry], logging.LogRecord]:
-    """How records are made for a batch.
-
-    To find out what is the same for all records takes ``LogRecord`` as long as everything
-    else together; so it is asked once for each place in the server's source.
-    """
-    if (
-        logging.getLogRecordFactory() is not logging.LogRecord
-        or type(logger).makeRecord is not logging.Logger.makeRecord
-    ):
-        return lambda entry: _ordinary(logger, entry)
-    patterns: dict[tuple[object, ...], dict[str, Any]] = {}
-    started = 0.0
-
-    def pattern_of(key: tuple[object, ...], entry: LogEntry) -> dict[str, Any]:
-        nonlocal started
-        record = _ordinary(logger, entry)
-        started = record.created - record.relativeCreated / 1000
-        patterns[key] = record.__dict__
-        return record.__dict__
-
-    def make(entry: LogEntry) -> logging.LogRecord:
-        key = (entry.file, entry.line, entry.level, entry.stream)
-        attributes = (patterns.get(key) or pattern_of(key, entry)).copy()
-        timestamp = entry.timestamp
-        created = timestamp.timestamp()
-        attributes["msg"] = entry.message
-        attributes["created"] = created
-        attributes["msecs"] = float(timestamp.microsecond // 1000)
-        attributes["relativeCreated"] = (created - started) * 1000
-        attributes["stepflow"] = entry
-        record = _new_record(logging.LogRecord)
-        record.__dict__ = attributes
-        return record
-
-    return make
+def _copy(
+    logger: logging.Logger, patterns: dict[object, dict[str, Any]], entry: LogEntry
+) -> logging.LogRecord:
+    """A record like the one that was made first for this place in the source."""
+    place = (entry.file, entry.line, entry.level, entry.stream)
+    pattern = patterns.get(place)
+    if pattern is None:
+        patterns[place] = pattern = _ordinary(logger, entry).__dict__
+    attributes = pattern.copy()
+    timestamp = entry.timestamp
+    created = timestamp.timestamp()
+    attributes["msg"] = entry.message
+    attributes["relativeCreated"] += (created - attributes["created"]) * 1000
+    attributes["created"] = created
+    attributes["msecs"] = float(timestamp.microsecond // 1000)
+    attributes["stepflow"] = entry
+    record = _new_record(logging.LogRecord)
+    record.__dict__ = attributes
+    return record
 
 
 _new_record: Final = logging.LogRecord.__new__

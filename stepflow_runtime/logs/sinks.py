@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final
+from typing import Final, cast
 
 from .config import LogConfig
 from .entry import LogEntry, Stream, check, decode, told_level
@@ -78,9 +78,10 @@ class LogHub:
     def take(self, stream: Stream, lines: Sequence[bytes]) -> None:
         """Take a batch of lines, or of texts of several lines."""
         with self._turn:
-            kept = self._kept(stream, lines)
+            kept, levels, sizes = self._read(stream, lines)
+            self._ring.add(kept, sizes)
             if self._logger is not None:
-                self._logger.take(kept, self._report_logger)
+                self._logger.take(kept, levels, self._report_logger)
             if self._lines is not None:
                 self._write(self._lines, lines, kept)
 
@@ -112,25 +113,24 @@ class LogHub:
             if not (isinstance(line, bytes) and mentioned not in line)
         ]
 
-    def _kept(self, stream: Stream, lines: Sequence[bytes]) -> Sequence[Kept]:
-        """Put the lines into the ring, and return what stands for them there."""
-        kept: Sequence[Kept]
-        if self._decodes_all:
-            pairs = [(self._entry(stream, line), len(line)) for line in lines]
-            taken = [(entry, size) for entry, size in pairs if entry is not None]
-            kept = [entry for entry, _ in taken]
-            sizes = [size for _, size in taken]
-        elif stream == "stdout":
-            kept = [
-                decode(line, stream) if told_level(line) is None else line
-                for line in lines
-            ]
-            sizes = [*map(len, lines)]
-        else:
-            kept = [decode(line, stream) for line in lines]
-            sizes = [*map(len, lines)]
-        self._ring.add(kept, sizes)
-        return kept
+    def _read(
+        self, stream: Stream, lines: Sequence[bytes]
+    ) -> tuple[Sequence[Kept], Sequence[str], Sequence[int]]:
+        """What stands for the lines from here on; their levels; and their lengths."""
+        if stream == "stdout" and not self._decodes_all:
+            told = [*map(told_level, lines)]
+            if None not in told:
+                return lines, cast(list[str], told), [*map(len, lines)]
+        read = [
+            (entry, len(line))
+            for line in lines
+            if (entry := self._entry(stream, line)) is not None
+        ]
+        return (
+            [entry for entry, _ in read],
+            [entry.level for entry, _ in read],
+            [size for _, size in read],
+        )
 
     def _entry(self, stream: Stream, line: bytes) -> LogEntry | None:
         entry = decode(line, stream)
