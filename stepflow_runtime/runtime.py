@@ -57,10 +57,10 @@ __all__ = ["StepflowRuntime"]
 # would take them up again later. A run that was just sent tells its id after a second.
 _LAST_ERRANDS: Final = 2.0
 
-# How many of the newest log entries are searched for what a failed run has to say, and when.
-# There need not be any.
+# How many of the newest log entries are searched for what a failed run has to say, and for
+# how many seconds. There need not be any.
 _LOOK_BACK: Final = 5000
-_LOG_PAUSES: Final = (0.0003, 0.0006, 0.001, 0.002, 0.005, 0.01, 0.01)
+_LOG_PATIENCE: Final = 0.03
 
 
 class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
@@ -493,21 +493,24 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
         self, run_id: str, since: datetime | None, errors: Sequence[FlowError]
     ) -> list[tuple[LogEntry, ...]]:
         """They come by another way than the answer, and may be a moment behind it."""
+        hub = self._supervisor.logs
         logs: list[tuple[LogEntry, ...]] = []
-        for pause in _LOG_PAUSES:
-            self._supervisor.hurry_logs()
-            await anyio.sleep(pause)
-            entries = self._supervisor.logs.about(run_id, _LOOK_BACK)
-            failures = Failures(entries, run_id, since)
-            logs = [failures.of(error) for error in errors]
-            # A worker's standard error comes by yet another way.
-            may_miss = any(
-                error.code == "COMPONENT_FAILED"
-                and not any(each.stream == "stderr" for each in found)
-                for error, found in zip(errors, logs, strict=True)
-            )
-            if failures.is_all and not may_miss:
-                break
+        with anyio.move_on_after(_LOG_PATIENCE):
+            while True:
+                self._supervisor.hurry_logs()
+                seen = hub.taken
+                failures = Failures(hub.about(run_id, _LOOK_BACK), run_id, since)
+                logs = [failures.of(error) for error in errors]
+                # A worker's standard error comes by yet another way.
+                may_miss = any(
+                    error.code == "COMPONENT_FAILED"
+                    and not any(each.stream == "stderr" for each in found)
+                    for error, found in zip(errors, logs, strict=True)
+                )
+                is_told = self._options.log_config.tells_ends_of_runs
+                if not may_miss and (failures.is_all or not is_told):
+                    break
+                await hub.wait_news(seen)
         return logs
 
     async def _settle(self, timeout: float | None = None) -> None:

@@ -95,6 +95,13 @@ class LogConfig:
                 "log_config.redact needs capture=True: without it, lines go as they are"
             )
 
+    @property
+    def tells_ends_of_runs(self) -> bool:
+        """True if the end of each run is a line that we get to see, and can read."""
+        is_logged = LEVELS.index(self.level) <= LEVELS.index("info")
+        is_readable = self.capture or self.format == "json"
+        return is_logged and is_readable and self.otlp_endpoint is None
+
     def _check_otlp(self) -> None:
         if self.otlp_endpoint is None:
             for name in ("otlp_traces", "otlp_metrics"):

@@ -100,6 +100,10 @@ class LogHub:
         found.reverse()
         return found
 
+    async def wait_news(self, taken: int) -> None:
+        """Wait until more than the first ``taken`` were taken."""
+        await self._ring.wait_until(lambda: self._ring.taken > taken)
+
     def since(self, taken: int, limit: int) -> list[LogEntry]:
         """Return what came after the first ``taken``, the newest of it, as far as kept."""
         return self.newest(min(self._ring.taken - taken, limit))
