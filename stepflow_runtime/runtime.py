@@ -343,7 +343,8 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
         """Return the newest log entries of the server and its workers, the newest last.
 
         How many are kept is ``LogConfig.keep``. They can be read after the runtime was
-        left, too. What a worker prints names no run.
+        left, too, and then all of them are there; before that, what the server has just
+        written may take some 10 ms. What a worker prints names no run.
 
         :param limit: how many at most
         :param level: only those as severe as this level, or more: ``"warn"``, say
@@ -352,6 +353,7 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
         :raises ValueError: if there is no such level, or the limit is negative
         """
         check_count("limit", limit, least=0)
+        self._supervisor.hurry_logs()
         return self._supervisor.logs.newest(limit, Filter(level, run_id, step_id))
 
     def logs(

@@ -51,7 +51,7 @@ def our_tasks() -> list[str]:
 async def start_run_and_stop() -> None:
     async with StepflowRuntime.start(log_config=LogConfig(level="error")) as runtime:
         assert (await runtime.run(ECHO, 1)).output == 1
-        assert any("Incarnation._pump" in name for name in our_tasks())
+        assert any("Incarnation._own_pump" in name for name in our_tasks())
 
 
 async def test_an_exception_of_the_body_leaves_as_itself() -> None:

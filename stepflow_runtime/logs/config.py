@@ -80,6 +80,8 @@ class LogConfig:
             _check_kind(
                 "file_path", self.file_path, (str, os.PathLike), "a path or None"
             )
+            if not (path := os.fspath(self.file_path)) or "\0" in path:
+                raise ValueError(f"log_config.file_path: {path!r} is not a path")
         self._check_otlp()
         _check_kind("keep", self.keep, int, "a whole number")
         if self.keep < 1 or self.keep is True:
