@@ -174,6 +174,7 @@ def test_the_public_names_are_these() -> None:
         "ItemCounts",
         "LogConfig",
         "LogEntry",
+        "LogFollower",
         "NotFoundError",
         "RestartPolicy",
         "RunCompleted",
