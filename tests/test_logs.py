@@ -160,11 +160,45 @@ def test_a_run_that_the_message_names_has_the_say(
     diags = {**DIAGS, "run_id": OTHER}
     entry = decode(line(message=message, diags=diags, **odd), "stdout")
     assert entry.run_id == run_id
-    assert entry.extra["diags"].get("run_id") == (OTHER if run_id == RUN else None)
+    # Nothing of another run's is left, nor lost.
+    assert entry.flow_id == ("f" if run_id == OTHER else None)
+    kept = diags if run_id == RUN else {"sampled": True}
+    assert entry.extra == {"diags": kept, **odd}
     outside = {name: value for name, value in LINE.items() if name != "diags"}
     raw = json.dumps({**outside, "message": message, **odd}).encode()
     named = None if "completed" not in message else run_id
     assert decode(raw, "stdout").run_id == named
+
+
+def test_a_line_of_a_workers_own_logging_is_like_the_servers() -> None:
+    """As stepflow_py's ``setup_observability`` writes it, ids outside of diags."""
+    raw = json.dumps(
+        {
+            "timestamp": LINE["timestamp"],
+            "level": "ERROR",
+            "logger": "stepflow_py.worker",
+            "message": "Component x failed: y",
+            "exception": "Traceback (most recent call last):\nValueError: y",
+            "run_id": RUN,
+            "step_id": "a",
+        }
+    ).encode()
+    assert decode(raw, "stderr") == LogEntry(
+        timestamp=AT,
+        level="ERROR",
+        message="Component x failed: y\nTraceback (most recent call last):\nValueError: y",
+        stream="stderr",
+        run_id=RUN,
+        step_id="a",
+        extra={"logger": "stepflow_py.worker"},
+    )
+
+
+def test_entries_can_be_in_a_set() -> None:
+    assert (
+        len({ENTRY, decode(line(), "stdout"), decode(line(level="INFO"), "stdout")})
+        == 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -237,7 +271,8 @@ def test_decoding_never_raises_and_loses_nothing(raw: bytes) -> None:
             told = getattr(entry, name)
             assert told == value or (name == "level" and told == value.upper())
     for name, value in fields.items():
-        assert_same(entry.extra[name], value)
+        is_own = name in ("run_id", "stream") and name not in entry.extra
+        assert_same(getattr(entry, name) if is_own else entry.extra[name], value)
 
 
 def assert_same(one: object, other: object) -> None:

@@ -6,6 +6,7 @@ import errno
 import json
 import re
 import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from stepflow_runtime import (
     BinaryNotFoundError,
     LogConfig,
+    LogEntry,
     RestartPolicy,
     RuntimeState,
     ServerStartError,
@@ -398,6 +400,23 @@ def test_so_is_one_of_the_log_config(field: str, value: Any) -> None:
     ) as caught:
         LogConfig(**{field: value})
     assert "secret" not in str(caught.value)
+
+
+@each_backend
+async def test_a_start_that_a_log_handler_holds_up_says_so() -> None:
+    free = threading.Event()
+
+    def redact(entry: LogEntry) -> LogEntry:
+        free.wait(60)
+        return entry
+
+    try:
+        error = await failing_start(
+            startup_timeout=0.5, log_config=LogConfig(redact=redact)
+        )
+    finally:
+        free.set()
+    assert "waits for a log handler, log_config.redact or a file" in str(error)
 
 
 def test_redaction_needs_entries() -> None:

@@ -33,8 +33,9 @@ class LogConfig:
         ``"info"``, ``"warn"`` or ``"error"``
     :ivar format: how lines are written to the file or to standard error: ``"json"`` or
         ``"text"``
-    :ivar capture: False makes neither entries nor records. Then only error messages look
-        at the lines, and :meth:`get_recent_logs` has them undecoded, if they are text
+    :ivar capture: False makes no records, and hands the lines on as they are. The newest
+        are kept all the same, for error messages and :meth:`get_recent_logs`; those of the
+        format ``"text"`` undecoded
     :ivar python_logger: the name of the Python logger, or None for no logger
     :ivar file_path: the file that the lines are appended to, or None. Its directory has to
         exist. It is opened anew when it was moved away (rotated)
@@ -49,7 +50,8 @@ class LogConfig:
     :ivar redact: called with each entry before anything else sees it, in threads of ours,
         one call at a time; returns the entry, another one in its place
         (``msgspec.structs.replace``), or None to leave it out. If it raises, what the
-        entry said is withheld
+        entry said is withheld. A traceback of which it changes the message is not found
+        for ``FlowError.logs``
     :raises ValueError: naming the field, if a value is not one of these
     :raises TypeError: naming the field, if a value is of the wrong kind
     """

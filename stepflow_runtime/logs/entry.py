@@ -38,7 +38,8 @@ class LogEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     :ivar file: that module's source file, or None
     :ivar line: the line in it, or None
     :ivar run_id: the run it belongs to, or None. When runs overlap the server often names
-        none, or the wrong one; a run that the message names has the say
+        none, or the wrong one; a run that the message names has the say, and what is
+        another run's is in ``extra``
     :ivar flow_id: the flow of that run, or None
     :ivar step_id: the step, or None
     :ivar trace_id: the OpenTelemetry trace, or None
@@ -59,6 +60,9 @@ class LogEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     trace_id: str | None = None
     span_id: str | None = None
     extra: dict[str, Any] = {}
+
+    def __hash__(self) -> int:
+        return hash((self.timestamp, self.message, self.run_id))  # a dict has no hash
 
     def __str__(self) -> str:
         target = f"{self.target}: " if self.target else ""
@@ -134,9 +138,7 @@ def decode(line: bytes, stream: Stream) -> LogEntry:
         return _decode_unusual(line, stream)
     if parsed.timestamp.tzinfo is None:
         return _decode_unusual(line, stream)
-    diags = parsed.diags
-    message = parsed.message
-    extra: dict[str, Any] = {}
+    message, diags = parsed.message, parsed.diags
     if diags is None:
         return LogEntry(
             timestamp=parsed.timestamp,
@@ -146,14 +148,14 @@ def decode(line: bytes, stream: Stream) -> LogEntry:
             target=parsed.target,
             file=parsed.file,
             line=parsed.line,
-            run_id=_run_in(message, None, extra),
-            extra=extra,
+            run_id=_named_run(message),
         )
-    if diags.sampled is not None:
-        extra["diags"] = {"sampled": diags.sampled}
     run_id = diags.run_id
     if run_id is None or run_id not in message:
-        run_id = _run_in(message, run_id, extra)
+        named = _named_run(message)
+        if named is not None and run_id is not None:
+            return _decode_unusual(line, stream)
+        run_id = named or run_id
     return LogEntry(
         timestamp=parsed.timestamp,
         level=parsed.level,
@@ -167,25 +169,17 @@ def decode(line: bytes, stream: Stream) -> LogEntry:
         step_id=diags.step_id,
         trace_id=diags.trace_id,
         span_id=diags.span_id,
-        extra=extra,
+        extra={} if diags.sampled is None else {"diags": {"sampled": diags.sampled}},
     )
 
 
-def _run_in(message: str, told: str | None, extra: dict[str, Any]) -> str | None:
-    """The run that a line is of, where its diags tell ``told``.
-
-    When runs overlap the server's diags have the wrong one, or none. Messages with a run in
-    them are right; what they overrule stays in ``extra``.
-    """
+def _named_run(message: str) -> str | None:
+    """The run that a message of the server names, if it does."""
     place = message.find(_NAMING)
     if place < 0:
-        return told
-    place += len(_NAMING)
-    if (named := _RUN_ID.match(message, place)) is None or named[0] == told:
-        return told
-    if told is not None:
-        extra.setdefault("diags", {})["run_id"] = told
-    return named[0]
+        return None
+    named = _RUN_ID.match(message, place + len(_NAMING))
+    return None if named is None else named[0]
 
 
 def _decode_unusual(line: bytes, stream: Stream) -> LogEntry:
@@ -204,8 +198,10 @@ def _decode_unusual(line: bytes, stream: Stream) -> LogEntry:
         fields["level"] = level
     if fields.get("stream") == stream:
         del fields["stream"]  # as we write it into a file
-    ids = _take_ids(fields)
-    ids["run_id"] = _run_in(message, ids.get("run_id"), fields)
+    if stream == "stderr" and isinstance(fields.get("exception"), str):
+        # So a worker's own logging writes what others print after the message.
+        message = f"{message}\n{fields.pop('exception')}"
+    ids = _take_ids(fields, message)
     return LogEntry(
         timestamp=timestamp,
         level=known if known in _LEVELS else "INFO",
@@ -219,13 +215,25 @@ def _decode_unusual(line: bytes, stream: Stream) -> LogEntry:
     )
 
 
-def _take_ids(fields: dict[str, Any]) -> dict[str, str | None]:
+def _take_ids(fields: dict[str, Any], message: str) -> dict[str, str | None]:
+    """Take the ids out of ``fields``: the server has them in its diags, workers outside.
+
+    When runs overlap, the server's diags are those of another run, or there are none.
+    A run that the message names is right; then all that is another's stays where it is.
+    """
     diags = fields.get("diags")
-    if not isinstance(diags, dict):
-        return {}
-    ids = {name: _take(diags, name, str) for name in _IDS}
-    if not diags:
+    within = diags if isinstance(diags, dict) else {}
+    named = _named_run(message)
+    if named is not None and within.get("run_id") not in (None, named):
+        return {"run_id": named}
+    ids = {name: _take(within, name, str) for name in _IDS}
+    if diags == {}:
         del fields["diags"]
+    for name in _IDS:
+        if ids[name] is None:
+            ids[name] = _take(fields, name, str)
+    if ids["run_id"] is None:
+        ids["run_id"] = named
     return ids
 
 

@@ -89,6 +89,7 @@ class Pump:
         self._hear = hear
         self._grouper = grouper
         self._cutter = LineCutter()
+        self._is_handing_on = False
         self._has_ended = False
         self._failure: BaseException | None = None
         self._has_reported = False
@@ -109,6 +110,11 @@ class Pump:
         await self._announcer.wait_until(lambda: self._has_ended)
         if self._failure is not None:
             raise self._failure
+
+    @property
+    def is_held_up(self) -> bool:
+        """True while lines are being taken."""
+        return self._is_handing_on
 
     def hurry(self) -> None:
         """Have it take now what is there; it comes soon, not at once."""
@@ -166,12 +172,14 @@ class Pump:
     def _hand_on(self, lines: Sequence[bytes]) -> None:
         if not lines:
             return
+        self._is_handing_on = True
         try:
             self._take(lines)
         except BaseException as exc:  # noqa: BLE001 - whatever it is, the pipe fills up
             if not self._has_reported:
                 self._has_reported = True
                 report(logging.ERROR, "%d log lines were lost", len(lines), exc=exc)
+        self._is_handing_on = False
 
 
 class LineCutter:

@@ -234,6 +234,10 @@ class Incarnation:
         trouble = self._health_trouble
         if 0 in await process.ended_workers():
             trouble = "; a worker that it started has ended with exit code 0"
+        if any(pump.is_held_up for pump in self._pumps):
+            trouble += (
+                "; its output waits for a log handler, log_config.redact or a file"
+            )
         timeout = self._options.startup_timeout
         return (
             None,

@@ -191,9 +191,9 @@ class ServerOptions:
 
     def describe_logs(self) -> str:
         """Where else the server's words went, for messages."""
-        if self.log_config.otlp_endpoint is None:
+        if self.log_config.otlp_endpoint is None or self._is_set("LOG_DESTINATION"):
             return ""
-        return "\nIts log went to the collector of log_config.otlp_endpoint."
+        return "\nIts log is sent to the collector of log_config.otlp_endpoint."
 
     def _argv(self, port: int, orchestrator_id: str) -> tuple[str, ...]:
         flags = {
