@@ -182,8 +182,16 @@ def _leave_nothing_behind(_prepared_process: None) -> Iterator[None]:
         with suppress(psutil.Error):
             child.kill()  # one failure is enough
     assert left == []
+    # Threads of ours, and of libraries, need a moment to close what was theirs.
+    deadline = time.monotonic() + 2
+    while (kept := opened_since(before)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert kept == {}
+
+
+def opened_since(before: dict[int, str]) -> dict[int, str]:
     after = open_descriptors()
-    assert {fd: what for fd, what in after.items() if before.get(fd) != what} == {}
+    return {fd: what for fd, what in after.items() if before.get(fd) != what}
 
 
 async def wait_until(condition: Callable[[], object]) -> None:
