@@ -37,7 +37,7 @@ from .executor import FlowError
 from .hosting.portal import Portal
 from .hosting.signals import Watch, unwatch, unwinding_on_sigterm, watch
 from .hosting.tasks import SameTask
-from .logs.config import LogConfig
+from .logs.config import LogConfig, tells_ends_of_runs
 from .logs.entry import LogEntry
 from .logs.ring import Filter, LogFollower
 from .loops import in_event_loop
@@ -509,7 +509,7 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
                     and not any(each.stream == "stderr" for each in found)
                     for error, found in zip(errors, logs, strict=True)
                 )
-                is_told = self._options.log_config.tells_ends_of_runs
+                is_told = tells_ends_of_runs(self._options.log_config)
                 if not may_miss and (failures.is_all or not is_told):
                     break
                 await hub.wait_news(seen)

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from .entry import LEVELS, LogEntry
 
-__all__ = ["LogConfig", "checked_level"]
+__all__ = ["LogConfig", "checked_level", "tells_ends_of_runs"]
 
 FORMATS: Final = ("json", "text")
 
@@ -99,13 +99,6 @@ class LogConfig:
                 "log_config.redact needs capture=True: without it, lines go as they are"
             )
 
-    @property
-    def tells_ends_of_runs(self) -> bool:
-        """True if the end of each run is a line that we get to see, and can read."""
-        is_logged = LEVELS.index(self.level) <= LEVELS.index("info")
-        is_readable = self.capture or self.format == "json"
-        return is_logged and is_readable and self.otlp_endpoint is None
-
     def _check_otlp(self) -> None:
         if self.otlp_endpoint is None:
             for name in ("otlp_traces", "otlp_metrics"):
@@ -139,6 +132,13 @@ class LogConfig:
                 "log_config.otlp_endpoint must be the address of a collector with its "
                 "port, like http://localhost:4317"
             )
+
+
+def tells_ends_of_runs(config: LogConfig) -> bool:
+    """True if the end of each run is a line that we get to see, and can read."""
+    is_logged = LEVELS.index(config.level) <= LEVELS.index("info")
+    is_readable = config.capture or config.format == "json"
+    return is_logged and is_readable and config.otlp_endpoint is None
 
 
 def checked_level(name: str, level: str | None) -> str:

@@ -44,7 +44,9 @@ class LogHub:
             is_text and config.capture and self._lines is not None
         )
         self._reported: set[str] = set()
-        # One batch at a time: there is a pump for each of the server's outputs.
+        # One batch at a time: there is a pump for each of the server's outputs. A handler
+        # that is stuck with one keeps the other out of its own turn, but not of the ring.
+        self._reading = threading.Lock()
         self._turn = threading.Lock()
 
     @property
@@ -77,9 +79,10 @@ class LogHub:
 
     def take(self, stream: Stream, lines: Sequence[bytes]) -> None:
         """Take a batch of lines, or of texts of several lines."""
-        with self._turn:
+        with self._reading:
             kept, levels, sizes = self._read(stream, lines)
             self._ring.add(kept, sizes)
+        with self._turn:
             if self._logger is not None:
                 self._logger.take(kept, levels, self._report_logger)
             if self._lines is not None:
@@ -153,7 +156,7 @@ class LogHub:
             self._report(
                 "redact",
                 "log_config.redact raised %s; the entry is withheld",
-                type(exc),
+                type(exc).__name__,
             )
             return LogEntry(
                 timestamp=entry.timestamp,
