@@ -377,7 +377,9 @@ async def test_a_grandchild_that_keeps_the_pipe_open_does_not_hang_us(
             with anyio.fail_after(10):
                 await wait_until(lambda: codes)
     finally:
-        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+        stranger = int((tmp_path / "pid").read_text())
+        os.kill(stranger, signal.SIGKILL)
+        os.waitpid(stranger, 0)  # an orphan, and so our child by now
     entries = runtime.get_recent_logs(1000)
     assert any(is_last_of(result.run_id)(entry.message) for entry in entries)
 
