@@ -379,7 +379,7 @@ async def test_a_grandchild_that_keeps_the_pipe_open_does_not_hang_us(
     finally:
         stranger = int((tmp_path / "pid").read_text())
         os.kill(stranger, signal.SIGKILL)
-        os.waitpid(stranger, 0)  # an orphan, and so our child by now
+        os.waitpid(stranger, 0)  # noqa: ASYNC222 - an orphan, our child
     entries = runtime.get_recent_logs(1000)
     assert any(is_last_of(result.run_id)(entry.message) for entry in entries)
 
