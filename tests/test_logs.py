@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -354,6 +356,54 @@ def test_an_id_is_found_however_json_writes_it(run_id: str, other: str) -> None:
 def test_a_level_that_is_none_is_refused(level: Any) -> None:
     with pytest.raises(ValueError, match="level must be one of trace, debug, info"):
         Filter(level)
+
+
+@pytest.fixture
+def flooded() -> Iterator[LogHub]:
+    """A hub that a thread fills all the time."""
+    hub = hub_of(keep=1000)
+    has_ended = threading.Event()
+
+    def flood() -> None:
+        while not has_ended.is_set():
+            hub.take("stdout", [line()] * 100)
+
+    thread = threading.Thread(target=flood)
+    thread.start()
+    yield hub
+    has_ended.set()
+    thread.join()
+
+
+def test_a_forked_child_can_look_whatever_its_pumps_were_at(flooded: LogHub) -> None:
+    for _ in range(100):
+        pid = os.fork()
+        if not pid:
+            signal.alarm(5)
+            os._exit(len(flooded.newest(5)))
+        _, status = os.waitpid(pid, 0)
+        assert os.waitstatus_to_exitcode(status) == 5
+
+
+def test_a_signal_handler_can_look_while_the_program_looks(flooded: LogHub) -> None:
+    looks = 0
+
+    def look(number: int, frame: Any) -> None:
+        nonlocal looks
+        looks += len(flooded.newest(1))
+
+    faulthandler.dump_traceback_later(30, exit=True)
+    before = signal.signal(signal.SIGALRM, look)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+        deadline = time.monotonic() + 20
+        while looks < 100 and time.monotonic() < deadline:
+            flooded.newest(100)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        faulthandler.cancel_dump_traceback_later()
+    assert looks >= 100
 
 
 # -- followers -------------------------------------------------------------------------

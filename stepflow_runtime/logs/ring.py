@@ -18,6 +18,7 @@ from typing import Final, Self, TypeAlias
 
 import anyio.lowlevel
 
+from ..forks import forget_in_child
 from ..loops import Announcer
 from .config import checked_level
 from .entry import LEVELS, LogEntry, decode
@@ -49,8 +50,10 @@ class Ring:
         self._size = 0
         self._taken = 0
         self._has_ended = False
-        self._lock = threading.Lock()
+        # A signal handler may look into it while the code that it interrupted does.
+        self._lock = threading.RLock()
         self._announcer = Announcer()
+        forget_in_child(self)
 
     @property
     def taken(self) -> int:
@@ -76,6 +79,10 @@ class Ring:
         """Let those who follow come to their end: nothing will be added any more."""
         self._has_ended = True
         self._announcer.announce()
+
+    def forget(self) -> None:
+        """Let a forked child look into it, whatever its pumps were at."""
+        self._lock = threading.RLock()
 
     def newest(self, limit: int) -> list[Kept]:
         """The newest ones, the newest last."""
