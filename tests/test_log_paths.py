@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -27,6 +28,8 @@ from stepflow_runtime import (
     StepflowRuntime,
 )
 from stepflow_runtime.logs.entry import decode
+from stepflow_runtime.logs.files import LogFile
+from stepflow_runtime.server import supervisor
 
 from .conftest import ECHO, SLEEP, each_backend, freeze, wait_until
 
@@ -199,6 +202,29 @@ async def test_a_file_that_was_rotated_away_is_opened_anew(tmp_path: Path) -> No
     assert len(old.read_text().splitlines() + path.read_text().splitlines()) == len(
         runtime.get_recent_logs(10_000)
     )
+
+
+@each_backend
+async def test_a_file_that_cannot_be_closed_holds_up_no_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file server does not answer any more."""
+    close, free, closed = LogFile.close, threading.Event(), threading.Event()
+
+    def hang(file: LogFile) -> None:
+        free.wait(60)
+        close(file)
+        closed.set()
+
+    monkeypatch.setattr(LogFile, "close", hang)
+    monkeypatch.setattr(supervisor, "_CLOSE_TIMEOUT", 0.1)
+    with anyio.fail_after(20):
+        async with StepflowRuntime.start(
+            log_config=LogConfig(file_path=tmp_path / "x")
+        ):
+            pass
+    free.set()
+    await wait_until(closed.is_set)
 
 
 async def test_a_relative_path_is_where_the_start_was(

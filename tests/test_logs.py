@@ -752,6 +752,29 @@ async def test_a_pipe_is_closed_by_the_last_who_uses_it(plumb: Any) -> None:
     assert plumbing.pipe.read() == b""
 
 
+def test_a_forked_child_closes_a_pipe_whatever_its_pump_was_at(plumb: Any) -> None:
+    pipe = plumb(lambda lines: None).pipe
+    with pipe._lock, pipe._hurry._cond:
+        pid = os.fork()
+        if not pid:
+            signal.alarm(5)
+            pipe.forget()
+            pipe.close()
+            os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert pipe.read(0) is None  # the parent's is open
+
+
+def test_a_file_that_is_opened_when_all_is_over_is_closed(tmp_path: Any) -> None:
+    """The start was cancelled while the disk took its time."""
+    hub = hub_of(file_path=tmp_path / "log")
+    hub.close()
+    hub.open()
+    hub.take("stdout", [line()])
+    assert (tmp_path / "log").read_bytes() == b""
+
+
 @pytest.mark.anyio
 async def test_the_announcement_is_not_a_line_of_the_log(plumb: Any) -> None:
     lines: list[bytes] = []

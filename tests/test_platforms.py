@@ -485,6 +485,20 @@ def test_windows_pipes_are_filled_by_threads_and_looked_at(
     assert b"".join(iter(pipe.read, b"")) == content
 
 
+def test_windows_a_hurry_makes_nobody_spin(
+    windows_pipe: Callable[[int], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, writing = os.pipe()
+    pipe = windows_pipe(reading)
+    looks = []
+    count = pipe._count_waiting
+    monkeypatch.setattr(pipe, "_count_waiting", lambda: (looks.append(1), count())[1])
+    pipe.hurry()
+    assert pipe.read(0.1) is None
+    assert len(looks) <= 15
+    os.close(writing)
+
+
 def test_windows_a_pipe_is_read_until_time_is_up_or_it_is_to_finish(
     windows_pipe: Callable[[int], Any],
 ) -> None:

@@ -43,6 +43,7 @@ class LogHub:
         self._decodes_all = config.redact is not None or (
             is_text and config.capture and self._lines is not None
         )
+        self._is_closed = False
         self._reported: set[str] = set()
         # One batch at a time: there is a pump for each of the server's outputs. A handler
         # that is stuck with one keeps the other out of its own turn, but not of the ring.
@@ -61,6 +62,8 @@ class LogHub:
         """
         if self._lines is not None:
             self._lines.open()
+            if self._is_closed:  # the start was given up meanwhile
+                self._lines.close()
 
     def end(self) -> None:
         """Let those who follow come to their end: nothing comes any more."""
@@ -68,6 +71,7 @@ class LogHub:
 
     def close(self) -> None:
         """Close the file, if there is one. What comes all the same is kept."""
+        self._is_closed = True
         if self._lines is None:
             return
         has_turn = self._turn.acquire(timeout=_CLOSE_PATIENCE)

@@ -59,6 +59,10 @@ _LOSS_NOTICE: Final = 1.0
 _NOT_EXECUTED: Final = 127
 
 
+# The file of the log may be on a file server that does not answer any more.
+_CLOSE_TIMEOUT: Final = 1.0
+
+
 @dataclass(frozen=True)
 class Ready:
     """A server that is there to be used.
@@ -312,15 +316,14 @@ class Supervisor:
                 self._finish()
 
     async def _clear_up(self) -> None:
-        def clear_up() -> None:
-            self.logs.close()
-            self._guard.dismiss()
-
         with anyio.CancelScope(shield=True):
             try:
-                await run_blocking(clear_up)
+                with anyio.move_on_after(_CLOSE_TIMEOUT):
+                    await run_abandonable(self.logs.close)
+                await run_blocking(self._guard.dismiss)
             except RuntimeError:  # no thread to be had: it takes a millisecond
-                clear_up()
+                self.logs.close()
+                self._guard.dismiss()
 
     async def _heed_stop(self, life: anyio.CancelScope) -> None:
         await self.journal.wait_until(lambda: self._stop_within is not None)
@@ -385,7 +388,7 @@ class Supervisor:
     def _open_logs(self) -> None:
         try:
             self.logs.open()
-        except OSError as exc:
+        except (OSError, ValueError) as exc:
             raise ServerStartError(
                 f"log_config.file_path: log lines cannot be written there: {exc}"
             ) from exc

@@ -141,8 +141,9 @@ class Pipe:
                 self._release()
 
     def forget(self) -> None:
-        """Close it in a forked child: no thread is in here, whatever the lock says."""
+        """Close it in a forked child: no thread is in here, whatever the locks say."""
         self._lock = threading.Lock()
+        self._hurry = threading.Event()
         self._is_finishing = self._is_closed = True
         self._release()
 

@@ -87,7 +87,8 @@ class Pipe:
                 return b""
             if time.monotonic() >= deadline:
                 return None
-            self._hurry.wait(_LOOK_AGAIN)
+            if self._hurry.wait(_LOOK_AGAIN) and not self._is_finishing:
+                self._hurry.clear()
 
     def rest(self) -> None:
         """It is looked at from time to time anyway."""
