@@ -490,12 +490,19 @@ def test_windows_a_hurry_makes_nobody_spin(
 ) -> None:
     reading, writing = os.pipe()
     pipe = windows_pipe(reading)
-    looks = []
+    looks = 0
     count = pipe._count_waiting
-    monkeypatch.setattr(pipe, "_count_waiting", lambda: (looks.append(1), count())[1])
+
+    def look() -> int | None:
+        nonlocal looks
+        looks += 1
+        waiting: int | None = count()
+        return waiting
+
+    monkeypatch.setattr(pipe, "_count_waiting", look)
     pipe.hurry()
     assert pipe.read(0.1) is None
-    assert len(looks) <= 15
+    assert looks <= 15
     os.close(writing)
 
 
