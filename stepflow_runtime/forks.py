@@ -60,7 +60,8 @@ def _after_in_child() -> None:
     global _spawning
     _spawning = threading.Lock()
     for held in tuple(_held):
-        held.forget()
+        with suppress(OSError):
+            held.forget()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which knows no fork

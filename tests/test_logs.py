@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import logging
+import math
 import os
 import signal
 import threading
@@ -29,7 +30,7 @@ from stepflow_runtime.logs.grouping import Grouper
 from stepflow_runtime.logs.pump import MAX_LINE, LineCutter, Pump
 from stepflow_runtime.logs.ring import MAX_KEPT, Filter, Ring
 from stepflow_runtime.logs.sinks import LogHub
-from stepflow_runtime.server.platform.posix import Bell, Pipe
+from stepflow_runtime.server.platform.posix import READ_SIZE, Bell, Pipe
 
 from .conftest import each_backend
 
@@ -296,6 +297,12 @@ def hub_of(**fields: Any) -> LogHub:
     return LogHub(LogConfig(**{"python_logger": None, **fields}))
 
 
+def feed(hub: LogHub, stream: Any, lines: Sequence[bytes]) -> None:
+    """What a pump does with lines."""
+    batch = hub.take(stream, lines)
+    assert batch is None or batch.work()
+
+
 def messages(entries: Sequence[LogEntry]) -> list[str]:
     return [entry.message for entry in entries]
 
@@ -303,13 +310,13 @@ def messages(entries: Sequence[LogEntry]) -> list[str]:
 def test_the_ring_keeps_the_newest(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(1)
     hub = hub_of(keep=2)
-    hub.take("stdout", [b"0", b"1"])
-    hub.take("stdout", [b"2", line(message="3")])
+    feed(hub, "stdout", [b"0", b"1"])
+    feed(hub, "stdout", [b"2", line(message="3")])
     assert messages(hub.newest(10)) == ["2", "3"]
     assert messages(hub.newest(1)) == ["3"]
     assert messages(hub.newest(0)) == []
     assert messages(hub.since(3, 10)) == ["3"]
-    hub.take("stderr", [b"%d" % number for number in range(4, 9)])
+    feed(hub, "stderr", [b"%d" % number for number in range(4, 9)])
     assert messages(hub.newest(10)) == ["7", "8"]
     assert hub.taken == 9
     assert caplog.records == []
@@ -320,7 +327,7 @@ def test_the_ring_is_bounded_in_bytes_too(is_json: bool) -> None:
     hub = hub_of()
     long = line(padding="x" * MAX_LINE) if is_json else b"x" * MAX_LINE
     for _ in range(40):
-        hub.take("stdout", [long])
+        feed(hub, "stdout", [long])
     assert len(hub.newest(100)) == MAX_KEPT // len(long)
 
 
@@ -328,8 +335,8 @@ def test_what_is_wanted_is_picked() -> None:
     hub = hub_of()
     for number, level in enumerate(["ERROR", "INFO", "WARN", "DEBUG", "ERROR"]):
         diags = {"run_id": f"run-{number % 2}", "step_id": "a" if number > 1 else "b"}
-        hub.take("stdout", [line(message=str(number), level=level, diags=diags)])
-    hub.take("stderr", [b"Traceback"])
+        feed(hub, "stdout", [line(message=str(number), level=level, diags=diags)])
+    feed(hub, "stderr", [b"Traceback"])
 
     def picked(limit: int = 100, **wanted: str) -> list[str]:
         return messages(hub.newest(limit, Filter(**wanted)))
@@ -343,11 +350,27 @@ def test_what_is_wanted_is_picked() -> None:
     assert picked(run_id="run") == []
 
 
+def test_the_newest_are_found_in_a_large_ring() -> None:
+    hub = hub_of(keep=50_000)
+    for number in range(50):
+        diags = {"run_id": f"run-{number % 5}"}
+        lines = [line(message=f"{number}-{each}", diags=diags) for each in range(1000)]
+        feed(hub, "stdout", lines)
+    found = hub.newest(1500, Filter(run_id="run-3"))
+    assert messages(found) == [
+        *(f"43-{each}" for each in range(500, 1000)),
+        *(f"48-{each}" for each in range(1000)),
+    ]
+    assert len(hub.newest(20_000, Filter(run_id="run-3"))) == 10_000
+    assert hub.newest(0, Filter(run_id="run-3")) == []
+    assert hub.newest(5, Filter(run_id="run-9")) == []
+
+
 @given(st.text(), st.text())
 def test_an_id_is_found_however_json_writes_it(run_id: str, other: str) -> None:
     hub = hub_of()
     for each in (run_id, other):
-        hub.take("stdout", [line(diags={"run_id": each})])
+        feed(hub, "stdout", [line(diags={"run_id": each})])
     expected = 1 + (run_id == other)
     assert len(hub.newest(10, Filter(run_id=run_id))) == expected
 
@@ -366,7 +389,7 @@ def flooded() -> Iterator[LogHub]:
 
     def flood() -> None:
         while not has_ended.is_set():
-            hub.take("stdout", [line()] * 100)
+            feed(hub, "stdout", [line()] * 100)
 
     thread = threading.Thread(target=flood)
     thread.start()
@@ -413,7 +436,7 @@ def test_a_signal_handler_can_look_while_the_program_looks(flooded: LogHub) -> N
 @pytest.mark.anyio
 async def test_a_follower_gets_what_comes_and_ends_with_the_log() -> None:
     hub = hub_of()
-    hub.take("stdout", [b"0", b"1"])
+    feed(hub, "stdout", [b"0", b"1"])
     found: dict[int, list[str]] = {}
 
     async def follow(recent: int) -> None:
@@ -429,7 +452,7 @@ async def test_a_follower_gets_what_comes_and_ends_with_the_log() -> None:
         while len(begun) < 3:
             await anyio.lowlevel.checkpoint()
         for number in range(2, 6):
-            await anyio.to_thread.run_sync(hub.take, "stdout", [b"%d" % number])
+            await anyio.to_thread.run_sync(feed, hub, "stdout", [b"%d" % number])
         hub.end()
     assert found[0] == ["2", "3", "4", "5"]
     assert found[1] == ["1", "2", "3", "4", "5"]
@@ -442,10 +465,10 @@ async def test_a_follower_gets_what_comes_and_ends_with_the_log() -> None:
 async def test_a_slow_follower_loses_the_oldest_which_are_counted() -> None:
     hub = hub_of(keep=10)
     follower = hub.follow(Filter(), 0)
-    hub.take("stdout", [b"%d" % number for number in range(25)])
+    feed(hub, "stdout", [b"%d" % number for number in range(25)])
     assert (await anext(follower)).message == "15"
     assert follower.lost == 15
-    hub.take("stdout", [b"%d" % number for number in range(25, 37)])
+    feed(hub, "stdout", [b"%d" % number for number in range(25, 37)])
     hub.end()
     assert [entry.message async for entry in follower] == [
         *map(str, range(16, 25)),
@@ -461,7 +484,7 @@ async def test_a_cancelled_follower_loses_nothing() -> None:
     for _ in range(3):
         with anyio.move_on_after(0.01):
             await anext(follower)
-    hub.take("stdout", [b"0", b"1"])
+    feed(hub, "stdout", [b"0", b"1"])
     with anyio.CancelScope() as scope:
         scope.cancel()
         await anext(follower)
@@ -503,8 +526,8 @@ def test_a_record_carries_the_servers_time_and_level_and_the_entry(
     logging.getLogger(name).setLevel(1)
     hub = hub_of(python_logger=name)
     hostile = {"name": "x", "args": [1], "module": 5, "exc_info": True, "msg": "no"}
-    hub.take("stdout", [line(message="100 % {sure} %s", level="TRACE", **hostile)])
-    hub.take("stderr", [b"a traceback"])
+    feed(hub, "stdout", [line(message="100 % {sure} %s", level="TRACE", **hostile)])
+    feed(hub, "stderr", [b"a traceback"])
     first, second = caplog.records
     assert first.getMessage() == "100 % {sure} %s"
     assert (first.levelname, first.levelno) == ("TRACE", 5)
@@ -528,7 +551,7 @@ def test_a_record_carries_the_servers_time_and_level_and_the_entry(
 def test_records_have_what_ordinary_ones_have(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(1, "stepflow.server")
     hub = hub_of(python_logger="stepflow.server")
-    hub.take("stdout", [line(), line(message="again")])
+    feed(hub, "stdout", [line(), line(message="again")])
     logging.getLogger("stepflow.server").info("an ordinary one")
     first, again, ordinary = caplog.records
     for record in (first, again):
@@ -560,7 +583,7 @@ def test_levels_and_handlers_count_as_for_any_logger() -> None:
     hub = hub_of(python_logger="test.tree.leaf")
 
     def seen(*levels: str) -> tuple[list[str], ...]:
-        hub.take("stdout", [line(level=level, message=level) for level in levels])
+        feed(hub, "stdout", [line(level=level, message=level) for level in levels])
         found = above.seen, at.seen, picky.seen
         above.seen, at.seen, picky.seen = [], [], []
         return found
@@ -597,8 +620,8 @@ def test_a_handler_that_raises_is_reported_once_and_the_others_go_on(
     logger = logging.getLogger("test.raising")
     logger.handlers[:] = [Raising()]
     try:
-        hub.take("stdout", [line(), line()])
-        hub.take("stdout", [line(message="last")])
+        feed(hub, "stdout", [line(), line()])
+        feed(hub, "stdout", [line(message="last")])
     finally:
         logger.handlers.clear()
     own = [r for r in caplog.records if r.name == "stepflow_runtime"]
@@ -616,8 +639,51 @@ def test_a_program_without_logging_gets_nothing_on_stderr(
 ) -> None:
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     hub = hub_of(python_logger="somewhere.else")
-    hub.take("stdout", [line()])
+    feed(hub, "stdout", [line()])
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_logger_whose_class_was_patched_is_asked_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As Sentry's client does, to see every record."""
+    seen: list[str] = []
+    call_handlers = logging.Logger.callHandlers
+
+    def patched(logger: logging.Logger, record: logging.LogRecord) -> None:
+        seen.append(record.getMessage())
+        call_handlers(logger, record)
+
+    monkeypatch.setattr(logging.Logger, "callHandlers", patched)
+    feed(hub_of(python_logger="test.patched"), "stdout", [line(level="ERROR")])
+    assert seen == ["Starting"]
+
+
+def test_records_take_turns_and_none_is_left_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(1, "stepflow.server")
+    hub = hub_of(python_logger="stepflow.server")
+    batch = hub.take("stdout", [line(message=str(number)) for number in range(5)])
+    assert batch is not None
+    turns = 1
+    while not batch.work(until=0):
+        turns += 1
+    assert turns == 5
+    assert messages_of(caplog.records) == ["0", "1", "2", "3", "4"]
+
+
+def test_a_line_that_only_looks_like_the_servers_is_json_in_the_file(
+    tmp_path: Any,
+) -> None:
+    hub = hub_of(file_path=tmp_path / "log")
+    hub.open()
+    broken = line()[:-1] + b'"\x07}'
+    feed(hub, "stdout", [broken, line()])
+    hub.close()
+    first, second = (tmp_path / "log").read_bytes().splitlines()
+    assert json.loads(first)["message"] == broken.decode()
+    assert second == line()
 
 
 # -- redaction -------------------------------------------------------------------------
@@ -641,8 +707,8 @@ def test_what_is_redacted_nobody_sees(
     path = tmp_path / "log"
     hub = hub_of(python_logger="stepflow.server", file_path=path, redact=redact)
     hub.open()
-    hub.take("stdout", [line(message=f"{word} s3cret") for word in ("a", "drop", "b")])
-    hub.take("stderr", [b"raise s3cret", b"wrong s3cret"])
+    feed(hub, "stdout", [line(message=f"{word} s3cret") for word in ("a", "drop", "b")])
+    feed(hub, "stderr", [b"raise s3cret", b"wrong s3cret"])
     hub.close()
     assert messages(hub.newest(10)) == [
         "a ***",
@@ -665,7 +731,7 @@ class Plumbing:
 
     def __init__(
         self,
-        take: Callable[[Sequence[bytes]], object],
+        take: Callable[[Sequence[bytes]], Any],
         capacity: int = 65536,
         **more: Any,
     ) -> None:
@@ -754,7 +820,7 @@ async def test_a_pipe_is_closed_by_the_last_who_uses_it(plumb: Any) -> None:
 
 def test_a_forked_child_closes_a_pipe_whatever_its_pump_was_at(plumb: Any) -> None:
     pipe = plumb(lambda lines: None).pipe
-    with pipe._lock, pipe._hurry._cond:
+    with pipe._lock:
         pid = os.fork()
         if not pid:
             signal.alarm(5)
@@ -771,7 +837,7 @@ def test_a_file_that_is_opened_when_all_is_over_is_closed(tmp_path: Any) -> None
     hub = hub_of(file_path=tmp_path / "log")
     hub.close()
     hub.open()
-    hub.take("stdout", [line()])
+    feed(hub, "stdout", [line()])
     assert (tmp_path / "log").read_bytes() == b""
 
 
@@ -857,7 +923,73 @@ async def test_a_taker_that_raises_does_not_stop_the_pump(
     plumbing.close()
     await plumbing.pump.wait()
     assert lines == [b"1", b"2"]
-    assert messages_of(caplog.records) == ["2 log lines were lost"]
+    assert messages_of(caplog.records) == ["log lines were lost"]
+
+
+class Slow:
+    """What else is to be done with lines, and takes its time."""
+
+    def __init__(self, done: list[bytes], lines: Sequence[bytes], free: Any) -> None:
+        self._done, self._lines, self._free = done, [*lines], free
+
+    def work(self, until: float) -> bool:
+        if not self._free.wait(10 if until == math.inf else 0.01):
+            return False
+        self._done += self._lines
+        return True
+
+
+@pytest.mark.anyio
+async def test_reading_comes_first(plumb: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What else is to be done is done later, in order, and none of it is left out."""
+    monkeypatch.setattr("stepflow_runtime.logs.pump.MOST_WAITING", 50_000_000)
+    taken: list[bytes] = []
+    done: list[bytes] = []
+    free = threading.Event()
+
+    def take(lines: Sequence[bytes]) -> Slow:
+        taken.extend(lines)
+        return Slow(done, lines, free)
+
+    plumbing = plumb(take)
+    plumbing.pump.start()
+    many = [b"line %d" % number for number in range(100_000)]
+    await anyio.to_thread.run_sync(plumbing.write, b"\n".join(many) + b"\n")
+    await until(lambda: len(taken) == 100_000)
+    assert done == []
+    plumbing.close()
+    with anyio.fail_after(10):
+        await plumbing.pump.wait_read()
+    free.set()
+    await plumbing.pump.wait()
+    assert taken == done == many
+
+
+@pytest.mark.anyio
+async def test_what_waits_is_bounded(
+    plumb: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A handler that is behind for good holds up the server in the end; nothing is lost."""
+    monkeypatch.setattr("stepflow_runtime.logs.pump.MOST_WAITING", 100_000)
+    taken: list[bytes] = []
+    done: list[bytes] = []
+    free = threading.Event()
+
+    def take(lines: Sequence[bytes]) -> Slow:
+        taken.extend(lines)
+        return Slow(done, lines, free)
+
+    plumbing = plumb(take)
+    plumbing.pump.start()
+    many = [b"x" * 99] * 20_000
+    writer = threading.Thread(target=plumbing.write, args=(b"\n".join(many) + b"\n",))
+    writer.start()
+    await until(lambda: len(taken) * 100 > 100_000)
+    await anyio.sleep(0.2)
+    assert len(taken) * 100 <= 100_000 + READ_SIZE
+    free.set()
+    await until(lambda: len(done) == 20_000)
+    await anyio.to_thread.run_sync(writer.join)
 
 
 @each_backend

@@ -423,6 +423,9 @@ def test_redaction_needs_entries() -> None:
     with pytest.raises(ValueError, match=r"log_config\.redact needs capture=True"):
         LogConfig(redact=lambda entry: entry, capture=False)
 
+    with pytest.raises(ValueError, match=r"log_config\.redact cannot reach"):
+        LogConfig(redact=lambda entry: entry, otlp_endpoint="http://localhost:4317")
+
 
 def test_a_log_config_can_be_shown_and_compared() -> None:
     assert LogConfig() == LogConfig(level="info")

@@ -98,6 +98,11 @@ class LogConfig:
             raise ValueError(
                 "log_config.redact needs capture=True: without it, lines go as they are"
             )
+        if self.redact is not None and self.otlp_endpoint is not None:
+            raise ValueError(
+                "log_config.redact cannot reach what the server itself sends to "
+                "log_config.otlp_endpoint; let the collector redact it"
+            )
 
     def _check_otlp(self) -> None:
         if self.otlp_endpoint is None:

@@ -15,7 +15,16 @@ from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 import msgspec
 
-__all__ = ["LEVELS", "LogEntry", "Stream", "check", "decode", "plain", "told_level"]
+__all__ = [
+    "LEVELS",
+    "LogEntry",
+    "Stream",
+    "check",
+    "decode",
+    "is_json",
+    "plain",
+    "told_level",
+]
 
 Stream: TypeAlias = Literal["stdout", "stderr"]
 
@@ -111,7 +120,10 @@ _decode_line: Final = msgspec.json.Decoder(_Line).decode
 _decode_object: Final = msgspec.json.Decoder(dict[str, Any]).decode
 _decode_timestamp: Final = msgspec.json.Decoder(datetime).decode
 
-# Where the server's lines have the time stamp, and after it the level.
+_skim: Final = msgspec.json.Decoder(msgspec.Raw).decode
+
+# How the server's lines begin, and where they have the time stamp, and after it the level.
+_BEGIN: Final = b'{"timestamp":"'
 _TIMESTAMP: Final = slice(13, 47)
 _LEVEL: Final = slice(46, 61)
 _TOLD: Final = {
@@ -127,7 +139,18 @@ _IDS: Final = ("run_id", "flow_id", "step_id", "trace_id", "span_id")
 
 def told_level(line: bytes) -> str | None:
     """The level of a line that looks like the server's, at a glance; else None."""
-    return _TOLD.get(line[_LEVEL])
+    if line[:14] == _BEGIN and line[-1:] == b"}":
+        return _TOLD.get(line[_LEVEL])
+    return None
+
+
+def is_json(line: bytes) -> bool:
+    """True if a line is one document of JSON."""
+    try:
+        _skim(line)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        return False
+    return True
 
 
 def decode(line: bytes, stream: Stream) -> LogEntry:
@@ -257,11 +280,8 @@ def plain(line: bytes, stream: Stream) -> LogEntry:
 
 
 def _stamp(line: bytes) -> datetime:
-    """When a line was written, if it says so like the server's, or else now.
-
-    One that was broken off is decoded when somebody asks for it, whenever that is.
-    """
-    if told_level(line) is not None:
+    """When a line was written, if it begins as the server's do, or else now."""
+    if line[:14] == _BEGIN:
         with suppress(msgspec.DecodeError):
             return _decode_timestamp(line[_TIMESTAMP])
     return datetime.now(UTC)

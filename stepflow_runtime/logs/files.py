@@ -112,8 +112,8 @@ class LogFile:
             self._is_closing = False
             # A program that changes its directory does not move its log.
             self._path = os.path.abspath(self._path)
-            self._open()
             forget_in_child(self)
+            self._open()
 
     def write(self, lines: Sequence[bytes]) -> None:
         with self._turn:

@@ -3,14 +3,19 @@
 Contract: it reads until the pipe ends and never stops before, whatever is in the lines
 and whatever becomes of them: a pipe that nobody reads freezes the server when it is full.
 It is a thread, because an event loop can be held up for seconds by the program's own
-work, and a batch should not stand still for that. Memory is bounded: of a line longer than
-``MAX_LINE`` the rest is dropped, and the line says so.
+work, and a batch should not stand still for that. Reading comes first: what else is to be
+done with lines waits, up to ``MOST_WAITING`` bytes of them, so that slow log handlers hold
+up neither the server nor the last words of one that has died. Memory is bounded: of a line
+longer than ``MAX_LINE`` the rest is dropped, and the line says so.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
@@ -18,7 +23,7 @@ from ..loops import Announcer
 from .grouping import Grouper
 from .own import report
 
-__all__ = ["MAX_LINE", "LineCutter", "Pipe", "Pump"]
+__all__ = ["MAX_LINE", "MOST_WAITING", "Chore", "LineCutter", "Pipe", "Pump"]
 
 # A line of the server is a few hundred bytes; a worker may print what it likes.
 MAX_LINE: Final = 1024 * 1024
@@ -28,6 +33,22 @@ _PAUSE: Final = 0.005
 
 # So many bytes at once are a flood, and no time to rest.
 _FLOOD: Final = 64 * 1024
+
+
+# How long we work before we see whether there is something to read; in a program whose
+# threads are all busy, each of these can become several times as long.
+_SLICE: Final = 0.02
+
+# Of so many bytes the handlers may be behind.
+MOST_WAITING: Final = 64 * 1024 * 1024
+
+
+class Chore(Protocol):
+    """What else is to be done with lines that were taken."""
+
+    def work(self, until: float) -> bool:
+        """Go on with it until a time of ``time.monotonic()``; True when all is done."""
+        ...
 
 
 class Pipe(Protocol):
@@ -70,8 +91,8 @@ class Pipe(Protocol):
 class Pump:
     """Empties a pipe, from :meth:`start` until the pipe ends or :meth:`finish`.
 
-    :param take: called, in the thread, with lines without their newlines. What it raises is
-        reported once, and those lines are lost
+    :param take: called, in the thread, with lines without their newlines; may return what
+        else is to be done with them. What it raises is reported once
     :param hear: asked about each line first, until it has said True: that line is its own
     :param grouper: joins lines into texts that are taken in the place of lines
     """
@@ -79,7 +100,7 @@ class Pump:
     def __init__(
         self,
         pipe: Pipe,
-        take: Callable[[Sequence[bytes]], object],
+        take: Callable[[Sequence[bytes]], Chore | None],
         *,
         hear: Callable[[bytes], bool] | None = None,
         grouper: Grouper | None = None,
@@ -89,7 +110,12 @@ class Pump:
         self._hear = hear
         self._grouper = grouper
         self._cutter = LineCutter()
-        self._is_handing_on = False
+        # What is still to be done, and how many bytes each is about.
+        self._chores: deque[tuple[Chore, int]] = deque()
+        self._waiting = 0
+        self._is_working = False
+        self._may_rest = True
+        self._has_read_all = False
         self._has_ended = False
         self._failure: BaseException | None = None
         self._has_reported = False
@@ -105,19 +131,28 @@ class Pump:
             target=self._run, daemon=True, name="stepflow-runtime log pump"
         ).start()
 
+    async def wait_read(self) -> None:
+        """Wait until all is taken, whatever else is to be done with it."""
+        await self._announcer.wait_until(lambda: self._has_read_all)
+
     async def wait(self) -> None:
-        """Wait until all is taken. Cancellation leaves the thread at work."""
+        """Wait until all is done. Cancellation leaves the thread at work."""
         await self._announcer.wait_until(lambda: self._has_ended)
         if self._failure is not None:
             raise self._failure
 
     @property
     def is_held_up(self) -> bool:
-        """True while lines are being taken."""
-        return self._is_handing_on
+        """True while a log handler, or the like, is at work."""
+        return self._is_working
 
     def hurry(self) -> None:
         """Have it take now what is there; it comes soon, not at once."""
+        self._pipe.hurry()
+
+    def rush(self) -> None:
+        """Have it rest no more: the server is gone."""
+        self._may_rest = False
         self._pipe.hurry()
 
     def finish(self) -> None:
@@ -129,23 +164,49 @@ class Pump:
             self._pump()
         except BaseException as exc:  # noqa: BLE001 - raised where it is waited for
             self._failure = exc
-        self._has_ended = True
+        self._has_read_all = self._has_ended = True
         self._announcer.announce()
 
     def _pump(self) -> None:
-        while True:
-            chunk = self._pipe.read(_PAUSE if self._is_holding_back else None)
-            if chunk is None:
-                assert self._grouper is not None
+        while (chunk := self._read()) != b"":
+            if chunk:
+                self._hand_on(self._lines(self._cutter.cut(chunk)))
+            elif not self._chores and self._grouper is not None:
                 self._hand_on(self._grouper.pause())
-                continue
-            if not chunk:
-                break
-            self._hand_on(self._lines(self._cutter.cut(chunk)))
-            if self._hear is None and len(chunk) < _FLOOD:
+            self._work(time.monotonic() + _SLICE)
+            is_flood = chunk is not None and len(chunk) >= _FLOOD
+            has_more = is_flood or self._chores or self._hear is not None
+            if self._may_rest and not has_more:
                 self._pipe.rest()
         rest = self._cutter.rest()
         self._hand_on([*self._lines([rest] if rest else []), *self._held_back()])
+        self._has_read_all = True
+        self._announcer.announce()
+        self._work(math.inf)
+
+    def _read(self) -> bytes | None:
+        """What is there; None if there is nothing, and something else to do."""
+        if self._waiting > MOST_WAITING:
+            return None
+        if self._chores:
+            return self._pipe.read(0)
+        return self._pipe.read(_PAUSE if self._is_holding_back else None)
+
+    def _work(self, until: float) -> None:
+        """Go on with what is to be done."""
+        self._is_working = True
+        while self._chores:
+            chore, size = self._chores[0]
+            try:
+                if not chore.work(until):
+                    break
+            except BaseException as exc:  # noqa: BLE001 - whatever it is, the pipe fills up
+                self._report(exc)
+            self._chores.popleft()
+            self._waiting -= size
+            if time.monotonic() >= until:
+                break
+        self._is_working = False
 
     def _lines(self, lines: list[bytes]) -> list[bytes]:
         """The lines, without the one that is meant for us, and grouped."""
@@ -172,14 +233,22 @@ class Pump:
     def _hand_on(self, lines: Sequence[bytes]) -> None:
         if not lines:
             return
-        self._is_handing_on = True
+        self._is_working = True
         try:
-            self._take(lines)
+            chore = self._take(lines)
         except BaseException as exc:  # noqa: BLE001 - whatever it is, the pipe fills up
-            if not self._has_reported:
-                self._has_reported = True
-                report(logging.ERROR, "%d log lines were lost", len(lines), exc=exc)
-        self._is_handing_on = False
+            self._report(exc)
+        else:
+            if chore is not None:
+                size = sum(map(len, lines))
+                self._chores.append((chore, size))
+                self._waiting += size
+        self._is_working = False
+
+    def _report(self, exc: BaseException) -> None:
+        if not self._has_reported:
+            self._has_reported = True
+            report(logging.ERROR, "log lines were lost", exc=exc)
 
 
 class LineCutter:

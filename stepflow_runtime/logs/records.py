@@ -8,9 +8,11 @@ collide with those of the record. What a program has set for making records has 
 from __future__ import annotations
 
 import logging
+import math
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from functools import partial
+from time import monotonic
 from typing import Any, Final
 
 from .entry import LogEntry, decode
@@ -50,33 +52,38 @@ class LoggerSink:
 
     def take(
         self,
-        lines: Iterable[Kept],
-        levels: Iterable[str],
+        lines: Sequence[Kept],
+        levels: Sequence[str],
         failed: Callable[[BaseException], None],
-    ) -> None:
-        """Make records of the lines whose level is enabled.
+        until: float = math.inf,
+    ) -> int:
+        """Make records of the lines whose level is enabled; return how many lines are done.
 
         Each is decoded, handled and dropped before the next: twice as fast as decoding all
         of them first, since it stays in the processor's cache.
 
         :param levels: those of the lines
         :param failed: called with what a handler or filter raises; the others go on
+        :param until: a time of ``time.monotonic()`` to leave off at; one is always done
         """
         logger = self._logger
         enabled = {
             name for name, level in _LEVELS.items() if logger.isEnabledFor(level)
         }
         if enabled.isdisjoint(levels):
-            return
+            return len(lines)
         make = self._maker()
         handle = _handling(logger)
-        for line, level in zip(lines, levels, strict=True):
-            if level in enabled:
+        for place, line in enumerate(lines):
+            if levels[place] in enabled:
                 entry = decode(line, "stdout") if isinstance(line, bytes) else line
                 try:
                     handle(make(entry))
                 except BaseException as exc:  # noqa: BLE001 - the users' handlers
                     failed(exc)
+                if monotonic() >= until:
+                    return place + 1
+        return len(lines)
 
     def _maker(self) -> Callable[[LogEntry], logging.LogRecord]:
         """How records are made for a batch.
@@ -87,7 +94,7 @@ class LoggerSink:
         logger = self._logger
         if (
             logging.getLogRecordFactory() is not logging.LogRecord
-            or type(logger).makeRecord is not logging.Logger.makeRecord
+            or not _is_loggings_own(type(logger).makeRecord)
         ):
             return partial(_ordinary, logger)
         conditions = (
@@ -109,7 +116,10 @@ def _handling(logger: logging.Logger) -> Callable[[logging.LogRecord], object]:
     while each is not None:
         handlers += each.handlers
         each = each.parent if each.propagate else None
-    if type(logger) is not logging.Logger or logger.filters or not handlers:
+    is_ordinary = _is_loggings_own(type(logger).handle) and _is_loggings_own(
+        type(logger).callHandlers
+    )
+    if not is_ordinary or logger.filters or not handlers:
         return logger.handle
     if len(handlers) == 1 and not handlers[0].level:
         return handlers[0].handle
@@ -123,6 +133,11 @@ def _handling(logger: logging.Logger) -> Callable[[logging.LogRecord], object]:
     return handle
 
 
+def _is_loggings_own(method: Any) -> bool:
+    """False for one that was overridden; or replaced, as Sentry's client does."""
+    return getattr(method, "__globals__", None) is vars(logging)
+
+
 def _copy(
     logger: logging.Logger, patterns: dict[object, dict[str, Any]], entry: LogEntry
 ) -> logging.LogRecord:
@@ -131,6 +146,7 @@ def _copy(
     pattern = patterns.get(place)
     if pattern is None:
         patterns[place] = pattern = _ordinary(logger, entry).__dict__
+        pattern["msg"] = pattern["stepflow"] = None  # they can be large
     attributes = pattern.copy()
     timestamp = entry.timestamp
     created = timestamp.timestamp()

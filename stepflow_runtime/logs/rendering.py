@@ -47,10 +47,17 @@ _encode: Final = msgspec.json.Encoder().encode
 
 # What ``decode`` would take for a field of the entry, by its name and type. ``extra`` may
 # have such names all the same: a line can say ``"target":5``.
-_FIELDS: Final = {"target": str, "file": str, "line": int, "diags": dict}
 _IDS: Final = dict.fromkeys(
     ("trace_id", "span_id", "run_id", "flow_id", "step_id"), str
 )
+_FIELDS: Final = {
+    "target": str,
+    "file": str,
+    "line": int,
+    "diags": dict,
+    "exception": str,
+    **_IDS,
+}
 
 # Controls of the second block (U+0080 to U+009F), which JSON does not escape: terminals
 # take U+009B for the beginning of a command.

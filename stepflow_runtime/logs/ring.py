@@ -174,8 +174,9 @@ class LogFollower(AsyncIterator[LogEntry]):
         """
         await anyio.lowlevel.checkpoint()
         while not self._ready:
+            has_ended = self._ring.has_ended  # first: what comes last, comes before it
             if not self._has_news():
-                if self._ring.has_ended:
+                if has_ended:
                     raise StopAsyncIteration
                 await self._ring.wait_until(
                     lambda: self._has_news() or self._ring.has_ended

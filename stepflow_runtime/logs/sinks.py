@@ -9,12 +9,14 @@ skipped.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Final, cast
 
 from .config import LogConfig
-from .entry import LogEntry, Stream, check, decode, told_level
+from .entry import LogEntry, Stream, check, decode, is_json, told_level
 from .files import LineSink, LogFile, ParentStderr
 from .own import report
 from .records import LoggerSink
@@ -27,6 +29,8 @@ __all__ = ["LogHub"]
 _CLOSE_PATIENCE: Final = 0.5
 
 _NO_FILTER: Final = Filter()
+
+_FIRST_LOOK: Final = 1000
 
 
 class LogHub:
@@ -81,16 +85,35 @@ class LogHub:
             if has_turn:
                 self._turn.release()
 
-    def take(self, stream: Stream, lines: Sequence[bytes]) -> None:
-        """Take a batch of lines, or of texts of several lines."""
+    def take(self, stream: Stream, lines: Sequence[bytes]) -> _Batch | None:
+        """Take a batch of lines, or of texts of several lines, into the ring.
+
+        Returns what else is to be done with them.
+        """
         with self._reading:
             kept, levels, sizes = self._read(stream, lines)
             self._ring.add(kept, sizes)
+        if self._logger is None and self._lines is None:
+            return None
+        return _Batch(partial(self._pass_on, lines, kept, levels))
+
+    def _pass_on(
+        self,
+        lines: Sequence[bytes],
+        kept: Sequence[Kept],
+        levels: Sequence[str],
+        done: int,
+        until: float,
+    ) -> int | None:
+        """Pass the lines on, after the first ``done``; return how many are, or None."""
         with self._turn:
-            if self._logger is not None:
-                self._logger.take(kept, levels, self._report_logger)
-            if self._lines is not None:
+            if not done and self._lines is not None:
                 self._write(self._lines, lines, kept)
+            if self._logger is None:
+                return None
+            report = self._report_logger
+            done += self._logger.take(kept[done:], levels[done:], report, until)
+        return done if done < len(kept) else None
 
     def follow(self, wanted: Filter, recent: int) -> LogFollower:
         return LogFollower(self._ring, wanted, recent)
@@ -99,13 +122,14 @@ class LogHub:
         """Return the newest entries that are wanted, the newest last."""
         if wanted == _NO_FILTER:
             return list(wanted.pick(self._ring.newest(limit)))
-        found: list[LogEntry] = []
-        for entry in wanted.pick(reversed(self._ring.newest(self._ring.taken))):
-            if len(found) >= limit:
-                break
-            found.append(entry)
-        found.reverse()
-        return found
+        # Mostly they are among the newest lines, of which a ring can have a million.
+        size = max(limit, _FIRST_LOOK)
+        while True:
+            kept = self._ring.newest(size)
+            found = list(wanted.pick(kept))
+            if len(found) >= limit or len(kept) < size:
+                return found[-limit:] if limit else []
+            size *= 8
 
     async def wait_news(self, taken: int) -> None:
         """Wait until more than the first ``taken`` were taken."""
@@ -119,7 +143,7 @@ class LogHub:
         """Return what may tell of a run: what names it, and what names none."""
         mentioned = run_id.encode()
         return [
-            decode(line, "stdout") if isinstance(line, bytes) else line
+            _entry_of(line)
             for line in self._ring.newest(limit)
             if not (isinstance(line, bytes) and mentioned not in line)
         ]
@@ -170,13 +194,15 @@ class LogHub:
             )
 
     def _render_json(self, lines: Iterable[Kept]) -> list[bytes]:
-        return [line if isinstance(line, bytes) else as_json(line) for line in lines]
-
-    def _render_text(self, lines: Iterable[Kept]) -> list[bytes]:
         return [
-            as_text(decode(line, "stdout") if isinstance(line, bytes) else line)
+            line
+            if isinstance(line, bytes) and is_json(line)
+            else as_json(_entry_of(line))
             for line in lines
         ]
+
+    def _render_text(self, lines: Iterable[Kept]) -> list[bytes]:
+        return [as_text(_entry_of(line)) for line in lines]
 
     def _write(
         self, sink: LineSink, lines: Sequence[bytes], kept: Sequence[Kept]
@@ -196,6 +222,25 @@ class LogHub:
         if what not in self._reported:
             self._reported.add(what)
             report(logging.ERROR, message, *args, exc=exc)
+
+
+class _Batch:
+    """What else is to be done with a batch of lines."""
+
+    def __init__(self, pass_on: Callable[[int, float], int | None]) -> None:
+        self._pass_on = pass_on
+        self._done = 0
+
+    def work(self, until: float = math.inf) -> bool:
+        """Go on with it until a time of ``time.monotonic()``; True when all is done."""
+        done = self._pass_on(self._done, until)
+        if done is not None:
+            self._done = done
+        return done is None
+
+
+def _entry_of(line: Kept) -> LogEntry:
+    return decode(line, "stdout") if isinstance(line, bytes) else line
 
 
 def _logger_of(config: LogConfig) -> LoggerSink | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 import anyio
-from anyio.abc import TaskGroup, TaskStatus
+from anyio.abc import TaskGroup
 
 from .. import wire
 from ..errors import ConnectionLostError, ServerStartError
@@ -37,8 +37,8 @@ __all__ = ["Incarnation"]
 # took a pipe along, makes us wait this long.
 _DRAIN_TIMEOUT: Final = 0.5
 
-# And this long for what is in the pipe then: a handler may hold the pump up, and for ever.
-_LAST_TAKE_TIMEOUT: Final = 0.5
+# And this long for log handlers to come to the end: one may be stuck for ever.
+_HANDLERS_TIMEOUT: Final = 1.0
 
 # The server accepts connections before it announces its port; a retry is for the odd one.
 _FIRST_HEALTH_RETRY: Final = 0.05
@@ -70,6 +70,7 @@ class Incarnation:
         self._grace_now = grace
         self._on_ready = on_ready
         self._on_lost = on_lost
+        self._spawned = anyio.Event()
         self._ended = anyio.Event()
         self._gone = anyio.Event()
         self._pumps: tuple[Pump, ...] = ()
@@ -92,7 +93,12 @@ class Incarnation:
         deadline = anyio.current_time() + self._options.startup_timeout
         try:
             async with quiet_task_group() as tasks:
-                process = await tasks.start(self._own_process, binary, command, tasks)
+                # Not tasks.start: that waits for ever for a task that is cancelled, by
+                # asyncio's own cancellation, before its first step.
+                tasks.start_soon(self._own_process, binary, command, tasks)
+                await self._spawned.wait()
+                process = self._process
+                assert process is not None
                 port, failure = await self._start_up(process, deadline)
                 if port is not None:
                     self._become_ready(process, port)
@@ -136,8 +142,6 @@ class Incarnation:
         binary: Path,
         command: Command,
         tasks: TaskGroup,
-        *,
-        task_status: TaskStatus[ServerProcess],
     ) -> None:
         process = await ServerProcess.spawn(binary, command)
         # No await until the try: from there on, its finally owns the process's end.
@@ -151,7 +155,7 @@ class Incarnation:
             for pump in self._pumps:
                 self._start_pump(pump)
                 tasks.start_soon(self._own_pump, pump)
-            task_status.started(process)
+            self._spawned.set()
             await process.wait_exit()
             self._ended.set()
             self._note_end()
@@ -183,22 +187,31 @@ class Incarnation:
 
     async def _own_pump(self, pump: Pump) -> None:
         """A pump's thread works on until its pipe ends, or nobody is left who matters."""
-        scope = anyio.CancelScope(shield=True, deadline=self._drained_by)
-        self._pump_scopes.append(scope)
-        try:
-            with scope:
-                await pump.wait()
-        finally:
-            pump.finish()
-            self._pump_scopes.remove(scope)
-        if scope.cancelled_caught:
-            # A stranger holds the pipe. What is in there by now is still taken.
-            with anyio.CancelScope(shield=True) as patience:
-                patience.deadline = anyio.current_time() + _LAST_TAKE_TIMEOUT
-                await pump.wait()
+        interruption: BaseException | None = None
+        while True:
+            scope = anyio.CancelScope(shield=True, deadline=self._drained_by)
+            self._pump_scopes.append(scope)
+            try:
+                with scope:
+                    await pump.wait_read()
+                break
+            except anyio.get_cancelled_exc_class() as exc:
+                # asyncio's own cancellation stops at no shield, and a server that is still
+                # ending has something to say.
+                interruption = exc
+            finally:
+                self._pump_scopes.remove(scope)
+        pump.finish()
+        # If a stranger holds the pipe, what is in there by now is still taken.
+        with anyio.CancelScope(shield=True) as patience:
+            patience.deadline = anyio.current_time() + _HANDLERS_TIMEOUT
+            await pump.wait()
+        if interruption is not None:
+            raise interruption
 
     def _let_pumps_drain(self) -> None:
-        self.hurry_logs()
+        for pump in self._pumps:
+            pump.rush()
         self._drained_by = anyio.current_time() + _DRAIN_TIMEOUT
         for scope in self._pump_scopes:
             scope.deadline = self._drained_by

@@ -250,7 +250,7 @@ class ServerOptions:
             "PORT": self.port is not None,
             "CONFIG": self.config_path is not None,
             "LOG_LEVEL": log.level != default.level,
-            "LOG_FORMAT": not log.capture and log.format != default.format,
+            "LOG_FORMAT": log.capture or log.format != default.format,
             "OTLP_ENDPOINT": log.otlp_endpoint is not None,
             "TRACE_ENABLED": log.otlp_traces,
             "METRICS_ENABLED": log.otlp_metrics,

@@ -320,10 +320,16 @@ class Supervisor:
             try:
                 with anyio.move_on_after(_CLOSE_TIMEOUT):
                     await run_abandonable(self.logs.close)
-                await run_blocking(self._guard.dismiss)
             except RuntimeError:  # no thread to be had: it takes a millisecond
                 self.logs.close()
-                self._guard.dismiss()
+            finally:  # asyncio's own cancellation stops at no shield
+                await self._dismiss_guard()
+
+    async def _dismiss_guard(self) -> None:
+        try:
+            await run_blocking(self._guard.dismiss)
+        except RuntimeError:
+            self._guard.dismiss()
 
     async def _heed_stop(self, life: anyio.CancelScope) -> None:
         await self.journal.wait_until(lambda: self._stop_within is not None)

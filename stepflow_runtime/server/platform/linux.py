@@ -56,12 +56,13 @@ def spawn(binary: Path, command: Command) -> LinuxChild:
     # Opened first: after the spawn nothing may fail before somebody owns the process.
     spare = nothing()
     try:
-        with two_bells() as bells, no_forks():
+        # A child that is forked meanwhile would not know what to close.
+        with no_forks(), two_bells() as bells:
             process = start(binary, command, _stdin(command.stdin))
+            return LinuxChild(process, bells, spare)
     except BaseException:
         os.close(spare)
         raise
-    return LinuxChild(process, bells, spare)
 
 
 def _stdin(content: bytes | None) -> int:
@@ -81,7 +82,10 @@ def _widened(pipe: int) -> int:
     """
     with suppress(OSError):  # this user's pipes hold much already
         fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _LOG_PIPE_SIZE)
-    return fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ)
+    try:
+        return fcntl.fcntl(pipe, fcntl.F_GETPIPE_SZ)
+    except OSError:
+        return _PIPE_SIZE
 
 
 def _make_room(pipe: int, size: int) -> None:
@@ -126,9 +130,9 @@ class LinuxChild(PosixChild):
 
     def close(self) -> None:
         super().close()
-        if self._pidfd is not None:
-            os.close(self._pidfd)
-            self._pidfd = None
+        pidfd, self._pidfd = self._pidfd, None
+        if pidfd is not None:
+            os.close(pidfd)
         self._free_spare()
 
     def _free_spare(self) -> None:

@@ -17,7 +17,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Final
 
@@ -87,7 +87,9 @@ class Pipe:
         self._bell = bell
         self._capacity = capacity
         self._lock = threading.Lock()
-        self._hurry = threading.Event()
+        # Free while there is a hurry. A plain lock: a signal handler may be in a hurry, too.
+        self._hurry = threading.Lock()
+        self._hurry.acquire()
         self._is_finishing = False
         self._is_in_use = False
         self._is_closed = False
@@ -116,13 +118,13 @@ class Pipe:
 
     def rest(self) -> None:
         """Let lines gather for a moment in which it cannot get full."""
-        self._hurry.wait(self._capacity / FASTEST)
         if not self._is_finishing:
-            self._hurry.clear()
+            self._hurry.acquire(timeout=self._capacity / FASTEST)
 
     def hurry(self) -> None:
         """End a :meth:`rest`, this one or the next."""
-        self._hurry.set()
+        with suppress(RuntimeError):  # there is a hurry already
+            self._hurry.release()
 
     def finish(self) -> None:
         """Wait for nothing any more."""
@@ -130,7 +132,7 @@ class Pipe:
             if not (self._is_finishing or self._is_closed):
                 self._is_finishing = True
                 self._bell.ring()
-        self._hurry.set()
+        self.hurry()
 
     def close(self) -> None:
         """Close it, or have the thread that is reading close it on its way out."""
@@ -143,7 +145,6 @@ class Pipe:
     def forget(self) -> None:
         """Close it in a forked child: no thread is in here, whatever the locks say."""
         self._lock = threading.Lock()
-        self._hurry = threading.Event()
         self._is_finishing = self._is_closed = True
         self._release()
 

@@ -70,7 +70,8 @@ class Pipe:
         self._kernel32 = kernel32
         self._pipe = pipe
         self._lock = threading.Lock()
-        self._hurry = threading.Event()
+        self._hurry = threading.Lock()
+        self._hurry.acquire()
         self._is_finishing = False
         self._is_closed = False
 
@@ -87,18 +88,18 @@ class Pipe:
                 return b""
             if time.monotonic() >= deadline:
                 return None
-            if self._hurry.wait(_LOOK_AGAIN) and not self._is_finishing:
-                self._hurry.clear()
+            self._hurry.acquire(timeout=_LOOK_AGAIN)
 
     def rest(self) -> None:
         """It is looked at from time to time anyway."""
 
     def hurry(self) -> None:
-        self._hurry.set()
+        with suppress(RuntimeError):  # there is a hurry already
+            self._hurry.release()
 
     def finish(self) -> None:
         self._is_finishing = True
-        self._hurry.set()
+        self.hurry()
 
     def close(self) -> None:
         self.finish()
