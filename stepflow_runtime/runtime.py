@@ -496,6 +496,10 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
     ) -> list[tuple[LogEntry, ...]]:
         """They come by another way than the answer, and may be a moment behind it."""
         hub = self._supervisor.logs
+        if any(error.code == "COMPONENT_FAILED" for error in errors):
+            # Workers print before they report. One of several tracebacks with the same
+            # words would look as if it were the only one.
+            await self._supervisor.catch_up_with_logs()
         logs: list[tuple[LogEntry, ...]] = []
         with anyio.move_on_after(_LOG_PATIENCE):
             while True:

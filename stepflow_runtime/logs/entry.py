@@ -273,7 +273,8 @@ def plain(line: bytes, stream: Stream) -> LogEntry:
     """The entry of a line that is not one of the server's log lines."""
     return LogEntry(
         timestamp=_stamp(line),
-        level="WARN" if stream == "stderr" else "INFO",
+        level=(line[:14] == _BEGIN and _TOLD.get(line[_LEVEL]))
+        or ("WARN" if stream == "stderr" else "INFO"),
         message=line.decode(errors="replace"),
         stream=stream,
     )

@@ -58,6 +58,9 @@ _PANIC_END: Final = re.compile(
     rb"note: (?:run with `RUST_BACKTRACE=|Some details are omitted, run with `RUST_BACKT)"
 )
 
+_OPENINGS: Final = (b"panicked at", b" failed:", b"Traceback", b"  File ")
+_FAR: Final = 4096
+
 # The server's own lines, and those of a worker whose logging is set up.
 _LOG_LINE: Final = re.compile(rb'\{"timestamp": ?"')
 
@@ -316,6 +319,10 @@ class _Part(Enum):
 
 def _group_of(line: bytes) -> _Group | None:
     """The group that a line opens."""
+    # First a look that takes no time, whatever the line is made of.
+    if not any(each in line[:_FAR] for each in _OPENINGS):
+        return None
+    line = line[:_FAR] if len(line) > _FAR else line
     if _PANIC.match(line) is not None:
         return _Panic(line)
     if (failure := _FAILURE.match(line)) is not None:

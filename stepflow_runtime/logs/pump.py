@@ -75,6 +75,10 @@ class Pipe(Protocol):
         """
         ...
 
+    def is_empty(self) -> bool:
+        """True if nothing is there, and somebody waits for more. For any thread."""
+        ...
+
     def hurry(self) -> None:
         """End a :meth:`rest`, this one or the next."""
         ...
@@ -145,6 +149,13 @@ class Pump:
     def is_held_up(self) -> bool:
         """True while a log handler, or the like, is at work."""
         return self._is_working
+
+    @property
+    def is_up_to_date(self) -> bool:
+        """True if all that was written is taken, and nothing is held back."""
+        return self._has_read_all or (
+            self._pipe.is_empty() and not self._is_holding_back
+        )
 
     def hurry(self) -> None:
         """Have it take now what is there; it comes soon, not at once."""

@@ -112,6 +112,7 @@ class Filter:
 
     :param level: the least severe level, or None for all
     :raises ValueError: if there is no such level
+    :raises TypeError: if an id is no string
     """
 
     level: str | None = None
@@ -120,6 +121,9 @@ class Filter:
 
     def __post_init__(self) -> None:
         checked_level("level", self.level)
+        for name in ("run_id", "step_id"):
+            if not isinstance(getattr(self, name), str | None):
+                raise TypeError(f"{name} must be a string, not {getattr(self, name)!r}")
 
     def pick(self, lines: Iterable[Kept]) -> Iterator[LogEntry]:
         """The entries that pass, in the order of ``lines``."""
@@ -159,9 +163,9 @@ class LogFollower(AsyncIterator[LogEntry]):
         self._ring = ring
         self._wanted = wanted
         # In one look: between two of them there could be news.
-        kept, gone = ring.after(0)
+        kept, gone = ring.after(0) if recent else ([], ring.taken)
         self._place = gone + len(kept)
-        found = list(wanted.pick(kept)) if recent else []
+        found = list(wanted.pick(kept))
         self._ready = deque(found[-recent:] if recent else [])
 
     def __aiter__(self) -> Self:

@@ -127,6 +127,10 @@ class Incarnation:
         for pump in self._pumps:
             pump.hurry()
 
+    def is_log_up_to_date(self) -> bool:
+        """True if all that was written by now is in the log."""
+        return all(pump.is_up_to_date for pump in self._pumps)
+
     async def has_ended(self) -> bool:
         """True if the process is gone, also if its own task has not noticed yet."""
         return self._process is None or await self._process.has_ended()

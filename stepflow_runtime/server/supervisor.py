@@ -59,6 +59,9 @@ _LOSS_NOTICE: Final = 1.0
 _NOT_EXECUTED: Final = 127
 
 
+# A program whose threads are all busy lets a pump work now and then only.
+_CATCH_UP_TIMEOUT: Final = 0.5
+
 # The file of the log may be on a file server that does not answer any more.
 _CLOSE_TIMEOUT: Final = 1.0
 
@@ -403,6 +406,14 @@ class Supervisor:
         """Have what the server has written taken without delay."""
         if (incarnation := self._incarnation) is not None:
             incarnation.hurry_logs()
+
+    async def catch_up_with_logs(self) -> None:
+        """Wait until what the server has written by now is taken; bounded."""
+        if (incarnation := self._incarnation) is not None:
+            with anyio.move_on_after(_CATCH_UP_TIMEOUT):
+                while not incarnation.is_log_up_to_date():
+                    incarnation.hurry_logs()
+                    await anyio.sleep(0.001)
 
     async def _incarnate(self, binary: Path) -> ServerExit:
         self._incarnations += 1

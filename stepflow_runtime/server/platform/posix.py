@@ -90,6 +90,7 @@ class Pipe:
         # Free while there is a hurry. A plain lock: a signal handler may be in a hurry, too.
         self._hurry = threading.Lock()
         self._hurry.acquire()
+        self._is_waiting = False
         self._is_finishing = False
         self._is_in_use = False
         self._is_closed = False
@@ -115,6 +116,15 @@ class Pipe:
             return self._read(timeout)
         finally:
             self._leave()
+
+    def is_empty(self) -> bool:
+        """True if nothing is there, and somebody waits for more."""
+        with self._lock:
+            if self._is_closed:
+                return True
+            poll = select.poll()
+            poll.register(self._pipe.fileno(), select.POLLIN)
+            return self._is_waiting and not poll.poll(0)
 
     def rest(self) -> None:
         """Let lines gather for a moment in which it cannot get full."""
@@ -174,7 +184,10 @@ class Pipe:
                 ):  # a pseudo-terminal's way to say that it ended
                     return b""
                 raise
-            if not self._poll.poll(None if timeout is None else timeout * 1000):
+            self._is_waiting = True
+            ready = self._poll.poll(None if timeout is None else timeout * 1000)
+            self._is_waiting = False  # before anything is read
+            if not ready:
                 return None
 
 

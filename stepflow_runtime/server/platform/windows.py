@@ -72,6 +72,7 @@ class Pipe:
         self._lock = threading.Lock()
         self._hurry = threading.Lock()
         self._hurry.acquire()
+        self._is_waiting = False
         self._is_finishing = False
         self._is_closed = False
 
@@ -88,7 +89,13 @@ class Pipe:
                 return b""
             if time.monotonic() >= deadline:
                 return None
+            self._is_waiting = True
             self._hurry.acquire(timeout=_LOOK_AGAIN)
+            self._is_waiting = False  # before anything is read
+
+    def is_empty(self) -> bool:
+        with self._lock:
+            return self._is_closed or (self._is_waiting and not self._count_waiting())
 
     def rest(self) -> None:
         """It is looked at from time to time anyway."""
