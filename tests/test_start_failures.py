@@ -403,7 +403,9 @@ def test_so_is_one_of_the_log_config(field: str, value: Any) -> None:
 
 
 @each_backend
-async def test_a_start_that_a_log_handler_holds_up_says_so() -> None:
+async def test_a_start_that_a_log_handler_holds_up_says_so(
+    fake_server: Callable[[str], Path],
+) -> None:
     free = threading.Event()
 
     def redact(entry: LogEntry) -> LogEntry:
@@ -412,7 +414,9 @@ async def test_a_start_that_a_log_handler_holds_up_says_so() -> None:
 
     try:
         error = await failing_start(
-            startup_timeout=0.5, log_config=LogConfig(redact=redact)
+            binary=fake_server("echo first; sleep 0.5; echo '{\"port\":1}'; sleep 100"),
+            startup_timeout=1,
+            log_config=LogConfig(redact=redact),
         )
     finally:
         free.set()
