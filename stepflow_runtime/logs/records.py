@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import attrgetter
 from time import monotonic
 from typing import Any, Final
 
@@ -170,6 +171,22 @@ _KNOWN: Final = frozenset(
 )
 
 
+# What is the same for all records of a place in the source.
+_same: Final = attrgetter(
+    "name",
+    "levelname",
+    "levelno",
+    "pathname",
+    "filename",
+    "module",
+    "lineno",
+    "thread",
+    "threadName",
+    "processName",
+    "process",
+)
+
+
 def _copier(
     logger: logging.Logger, patterns: dict[object, tuple[Any, ...]]
 ) -> Callable[[LogEntry], logging.LogRecord]:
@@ -188,7 +205,8 @@ def _copier(
         if pattern is None:
             first = _ordinary(logger, entry)
             if vars(first).keys() == _KNOWN:
-                patterns[place] = _pattern(first)
+                started = first.created - first.relativeCreated / 1000
+                patterns[place] = (*_same(first), started)
             return first
         record = make_empty(kind)
         timestamp = entry.timestamp
@@ -220,23 +238,6 @@ def _copier(
         return record
 
     return make
-
-
-def _pattern(record: logging.LogRecord) -> tuple[Any, ...]:
-    return (
-        record.name,
-        record.levelname,
-        record.levelno,
-        record.pathname,
-        record.filename,
-        record.module,
-        record.lineno,
-        record.thread,
-        record.threadName,
-        record.processName,
-        record.process,
-        record.created - record.relativeCreated / 1000,
-    )
 
 
 def _ordinary(logger: logging.Logger, entry: LogEntry) -> logging.LogRecord:

@@ -179,9 +179,8 @@ class Pipe:
                 if is_finishing:
                     return b""
             except OSError as exc:
-                if (
-                    exc.errno == errno.EIO
-                ):  # a pseudo-terminal's way to say that it ended
+                # EIO is a pseudo-terminal's way to say that it ended.
+                if exc.errno == errno.EIO:
                     return b""
                 raise
             self._is_waiting = True
