@@ -590,6 +590,12 @@ server = StepflowServer(include_builtins=False)
 class Wordless(Exception):
     pass
 
+def fail_here(words):
+    raise ValueError(words)
+
+def fail_there(words):
+    raise ValueError(words)
+
 @server.component
 def shout(how: dict) -> dict:
     if how["how"] == "cause":
@@ -602,6 +608,10 @@ def shout(how: dict) -> dict:
             raise ValueError("same")
         except ValueError as exc:
             raise RuntimeError("same") from exc
+    if how["how"] == "here":
+        fail_here(how["words"])
+    if how["how"] == "there":
+        fail_there(how["words"])
     if how["how"] == "several lines":
         raise ValueError("first\\nsecond")
     if how["how"] == "no words":
@@ -643,6 +653,30 @@ TRACEBACKS = {
     "no words": ["Wordless"],
     "group": ["ValueError: one", "OSError: two", "many (2 sub-exceptions)"],
 }
+
+
+@each_backend
+async def test_runs_that_fail_alike_do_not_get_each_others_tracebacks(
+    own_worker: dict[str, Any], worker_env: dict[str, str]
+) -> None:
+    """With the same words at the same time, from two places."""
+
+    async def fail(how: str, words: str) -> None:
+        result = await runtime.run(SHOUT, {"how": how, "words": words})
+        assert result.error is not None
+        told.append((how, "\n".join(entry.message for entry in result.error.logs)))
+
+    told: list[tuple[str, str]] = []
+    async with StepflowRuntime.start(own_worker, env=worker_env) as runtime:
+        with anyio.fail_after(60):
+            for number in range(15):
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(fail, "here", f"words {number}")
+                    tasks.start_soon(fail, "there", f"words {number}")
+    assert len(told) == 30
+    for how, log in told:
+        other = {"here": "there", "there": "here"}[how]
+        assert f"in fail_{other}" not in log
 
 
 @asyncio_only
