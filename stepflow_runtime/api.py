@@ -105,6 +105,8 @@ _FILE_THREADS: Final = 4
 # not make us grow with it; forgetting one costs two requests.
 _REMEMBERED_FLOWS: Final = 1000
 
+_RUNS: Final = f"{wire.API}/runs"
+
 # How often a flow is stored for one run, where servers forget it.
 _MOST_STORES: Final = 3
 
@@ -226,7 +228,7 @@ class ApiExecutor(ABC):
             summary = answer.summary
             results: Sequence[Any] = answer.results
             if not summary.has_ended:
-                limit.run_id = summary.run_id
+                limit.concerns(summary.run_id)
                 try:
                     details, _ = await self.__wait_for_end(summary.run_id, generation)
                     summary = details.summary
@@ -278,7 +280,7 @@ class ApiExecutor(ABC):
         :raises RunTimeoutError: if ``timeout`` seconds were over first
         """
         with _time_limit(timeout, "is not over yet") as limit:
-            limit.run_id = run_id
+            limit.concerns(run_id)
             details, generation = await self.__wait_for_end(run_id)
             if details.summary.items.total > 1:
                 raise ValueError(
@@ -348,7 +350,7 @@ class ApiExecutor(ABC):
         check_flag("include_results", include_results)
         check_flag("wait", wait)
         with _time_limit(timeout, "is not over yet") as limit:
-            limit.run_id = batch_id
+            limit.concerns(batch_id)
             if wait:
                 details, generation = await self.__wait_for_end(batch_id)
             else:
@@ -774,11 +776,9 @@ class ApiExecutor(ABC):
         )
         return found.flow
 
-    async def __variables(
-        self, flow_id: FlowId, given: Variables | None, *, from_env: bool
-    ) -> Mapping[str, Any] | None:
-        if not from_env:
-            return given
+    async def __variables_from_env(
+        self, flow_id: FlowId, given: Variables | None
+    ) -> Mapping[str, Any]:
         annotated = self.__stored.env_names(flow_id)
         if annotated is None:
             declared = await self.get_flow_variables(flow_id)
@@ -808,27 +808,25 @@ class ApiExecutor(ABC):
         overrides = as_overrides(overrides)
         variables = as_variables(variables)
         for attempt in range(_MOST_STORES):
-            flow_id = await self.store_flow(flow)
+            flow_id = flow if type(flow) is FlowId else await self.__store(flow)
+            if variables_from_env:
+                variables = await self.__variables_from_env(flow_id, variables)
             body = wire.run_request(
                 flow_id,
                 inputs,
                 overrides=overrides,
-                variables=await self.__variables(
-                    flow_id, variables, from_env=variables_from_env
-                ),
+                variables=variables,
                 max_concurrent=max_concurrent,
                 wait=wait,
             )
             try:
-                return await self.__ask_whom(
-                    wire.decode_run,
-                    "POST",
-                    "/runs",
-                    body,
-                    held=wait,
-                    heir=self.__cancel_what_began,
-                    flow_id=flow_id,
+                response = await self._request(
+                    "POST", _RUNS, body, held=wait, heir=self.__cancel_what_began
                 )
+                answer = await self.__decoded(
+                    wire.decode_run, response, "POST", "/runs", {"flow_id": flow_id}
+                )
+                return answer, response.generation
             except NotFoundError:
                 if isinstance(flow, FlowId) or attempt == _MOST_STORES - 1:
                     raise
@@ -1182,27 +1180,25 @@ def _listed(source: str, verdict: ValidationResult) -> str:
 # -- time --------------------------------------------------------------------------------
 
 
-class _time_limit:
-    """Ends the block after so many seconds; None: never.
+class _TimeLimit:
+    """Ends the block after so many seconds.
 
-    :ivar run_id: to be set when it is known
     :raises RunTimeoutError: if it was ended
     """
 
-    def __init__(
-        self, seconds: float | None, verdict: str = "is being cancelled on the server"
-    ) -> None:
-        if seconds is not None:
-            check_timeout(seconds)
-        self.run_id: str | None = None
+    def __init__(self, seconds: float, verdict: str) -> None:
+        check_timeout(seconds)
+        self._run_id: str | None = None
         self._seconds = seconds
         self._verdict = verdict
-        self._scope: anyio.CancelScope | None = None
+
+    def concerns(self, run_id: str) -> None:
+        """What the error is to name; to be told when it is known."""
+        self._run_id = run_id
 
     def __enter__(self) -> Self:
-        if self._seconds is not None:
-            self._scope = anyio.move_on_after(self._seconds)
-            self._scope.__enter__()
+        self._scope = anyio.move_on_after(self._seconds)
+        self._scope.__enter__()
         return self
 
     def __exit__(
@@ -1211,12 +1207,32 @@ class _time_limit:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._scope is None:
-            return
         self._scope.__exit__(exc_type, exc, traceback)
         if self._scope.cancelled_caught:
-            run = f"run {self.run_id}" if self.run_id else "the run"
+            run = f"run {self._run_id}" if self._run_id else "the run"
             raise RunTimeoutError(
                 f"the timeout of {self._seconds} s is over, and {run} {self._verdict}",
-                run_id=self.run_id,
+                run_id=self._run_id,
             ) from None
+
+
+class _NoTimeLimit:
+    """What most calls have: one for all of them."""
+
+    def concerns(self, run_id: str) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        pass
+
+
+_UNLIMITED: Final = _NoTimeLimit()
+
+
+def _time_limit(
+    seconds: float | None, verdict: str = "is being cancelled on the server"
+) -> _TimeLimit | _NoTimeLimit:
+    return _UNLIMITED if seconds is None else _TimeLimit(seconds, verdict)

@@ -7,7 +7,6 @@ loop wait for an answer, and a loop that waits for another one can wait for itse
 
 from __future__ import annotations
 
-import asyncio
 import math
 import sys
 import threading
@@ -37,13 +36,16 @@ _LOOK_AGAIN: Final = 1.0
 
 def current_loop() -> Any:
     """What stands for the event loop that runs in this thread; None if none does."""
-    with suppress(RuntimeError):
-        return asyncio.get_running_loop()
-    # Another thread may be in the middle of importing it.
+    # What nobody has imported runs nowhere; and another thread may be just importing it.
+    events: Any = getattr(sys.modules.get("asyncio"), "events", None)
+    running_loop = getattr(events, "_get_running_loop", None)
+    if running_loop is not None and (loop := running_loop()) is not None:
+        return loop
     lowlevel: Any = getattr(sys.modules.get("trio"), "lowlevel", None)
-    in_trio_run = getattr(lowlevel, "in_trio_run", None)
-    if in_trio_run is not None and in_trio_run():
-        return lowlevel.current_trio_token()
+    current_token = getattr(lowlevel, "current_trio_token", None)
+    if current_token is not None:
+        with suppress(RuntimeError):
+            return current_token()
     return None
 
 
@@ -58,10 +60,9 @@ def post(loop: Any, function: Callable[[], object]) -> bool:
     :param loop: what :func:`current_loop` returned there
     """
     try:
-        if isinstance(loop, asyncio.AbstractEventLoop):
-            loop.call_soon_threadsafe(function)
-        else:
-            loop.run_sync_soon(function)
+        # asyncio's way, or that of a trio token.
+        tell = getattr(loop, "call_soon_threadsafe", None) or loop.run_sync_soon
+        tell(function)
     except RuntimeError:
         return False
     return True
@@ -160,6 +161,8 @@ class Slot:
     :ivar holds: whatever goes with the slot
     """
 
+    __slots__ = ("_slots", "holds", "loop")
+
     def __init__(self, slots: Slots) -> None:
         self._slots: Slots | None = slots
         self.loop = current_loop()
@@ -192,13 +195,20 @@ class Slots:
     def taken(self) -> tuple[Slot, ...]:
         return tuple(self._taken)
 
-    async def acquire(self) -> Slot:
-        """Take a slot; the caller has to release it. No checkpoint if one is free."""
+    def take(self) -> Slot | None:
+        """Take a slot, if one is free; the caller has to release it."""
         slot = Slot(self)
         with self._lock:
             if len(self._taken) < self._number and not self._waiting:
                 self._taken.add(slot)
                 return slot
+        return None
+
+    async def acquire(self) -> Slot:
+        """Take a slot; the caller has to release it. No checkpoint if one is free."""
+        if (free := self.take()) is not None:
+            return free
+        slot = Slot(self)
         claim = _Claim(slot)
         with self._lock:
             self._waiting.append(claim)
@@ -219,7 +229,8 @@ class Slots:
     def _take_back(self, slot: Slot) -> None:
         with self._lock:
             self._taken.discard(slot)
-        self._hand_out()
+        if self._waiting:
+            self._hand_out()
 
     def _hand_out(self) -> None:
         """Give what is free to those who have waited longest."""

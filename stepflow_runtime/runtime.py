@@ -445,13 +445,15 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
         generation: int | None = None,
     ) -> Response:
         while True:
-            ready = await self._wait_ready()
-            await self._refuse_if_lost(generation, ready)
+            ready = self._supervisor.ready
+            if ready is None or os.getpid() != self._owner:
+                ready = await self._wait_ready()
+            if generation is not None:
+                await self._refuse_if_lost(generation, ready)
             try:
-                response = await self._transports.of(ready).request(
+                return await self._transports.of(ready).request(
                     method, path, body, headers=headers, heir=heir
                 )
-                return response._replace(generation=ready.incarnation)
             except ConnectionLostError as exc:
                 loss = await self._supervisor.explain_loss(ready.incarnation)
                 if loss is None:
@@ -465,7 +467,8 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
         self, path: str, *, generation: int | None = None
     ) -> tuple[Stream, int | None]:
         ready = await self._wait_ready()
-        await self._refuse_if_lost(generation, ready)
+        if generation is not None:
+            await self._refuse_if_lost(generation, ready)
         try:
             stream = await self._transports.of(ready).stream(path)
         except ConnectionLostError as exc:
@@ -480,9 +483,9 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
     def _gone(self) -> StepflowError:
         return RuntimeStoppedError("this runtime is not entered yet, or stopped")
 
-    async def _refuse_if_lost(self, generation: int | None, ready: Ready) -> None:
+    async def _refuse_if_lost(self, generation: int, ready: Ready) -> None:
         """What one life of the server had, died with it."""
-        if generation is not None and generation != ready.incarnation:
+        if generation != ready.incarnation:
             loss = await self._supervisor.explain_loss(generation)
             assert loss is not None
             raise loss
@@ -646,7 +649,9 @@ class _Transports:
     def of(self, ready: Ready) -> DirectTransport:
         known = self._by_incarnation.get(ready.incarnation)
         if known is None:
-            made = DirectTransport(ready.port, crew=self._crew)
+            made = DirectTransport(
+                ready.port, crew=self._crew, generation=ready.incarnation
+            )
             known = self._by_incarnation.setdefault(ready.incarnation, made)
             self._close(until=ready.incarnation)
             if self._is_closed:  # in the meantime
