@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
-from hashlib import sha256
 from types import TracebackType
 from typing import Any, Final, NoReturn, Self, TypeVar, TypeVarTuple, Unpack
 
@@ -716,7 +715,7 @@ class ApiExecutor(ABC):
             loaded = await _in_thread(flows.load, flow)
         else:
             loaded = flows.load(flow)
-            key = sha256(loaded.encoded).digest()
+            key = flows.content_key(loaded)
             if (known := self.__stored.get(self._generation, key)) is not None:
                 return known
         generation = self._generation

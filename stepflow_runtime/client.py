@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import random
-import urllib.request
 import weakref
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -338,6 +337,8 @@ def _transport(
 
 
 def _has_proxy(address: _Address) -> bool:
+    import urllib.request  # takes some 20 ms to come
+
     proxies = urllib.request.getproxies()
     if not (proxies.get("http") or proxies.get("all")):
         return False

@@ -285,3 +285,11 @@ class ConnectionLostError(StepflowError):
     def __init__(self, message: str, *, unsent: bool = False) -> None:
         super().__init__(message)
         self.unsent = unsent
+
+
+# Tracebacks name exceptions as users import them. Other classes keep the module that they
+# were built in, since their annotations are resolved there.
+for _value in list(globals().values()):
+    if isinstance(_value, type) and issubclass(_value, StepflowError):
+        _value.__module__ = __package__
+del _value

@@ -12,7 +12,6 @@ make nothing, and know no path: a refusal collects its path on the way out.
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import json
 import os
@@ -372,6 +371,8 @@ def _of_model(value: Any) -> Any:
 
 
 def _of_dataclass(value: Any) -> dict[str, Any]:
+    import dataclasses  # who has one has imported it
+
     return _of_fields(value, dataclasses.fields(value))
 
 

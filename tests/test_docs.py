@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 import typing
+from importlib import import_module
 from pathlib import Path
 
 import msgspec
@@ -210,23 +211,42 @@ def test_the_public_names_are_these() -> None:
 
 
 def public_names() -> list[str]:
-    return sorted(
-        name
-        for name, value in vars(stepflow_runtime).items()
-        if not name.startswith("_")
-        and not inspect.ismodule(value)
-        and name != "annotations"
-    )
+    return sorted(stepflow_runtime.__all__)
 
 
 def test_the_changelog_has_a_place_for_what_is_new() -> None:
     assert "## [Unreleased]" in _text("CHANGELOG.md")
 
 
-def test_importing_brings_in_nothing_heavy() -> None:
-    heavy = {"httpx", "typer", "rich", "trio", "stepflow_orchestrator", "stepflow_py"}
-    code = f"import sys, stepflow_runtime; print({heavy!r} & set(sys.modules))"
+@pytest.mark.parametrize(
+    ("statement", "more"),
+    [
+        ("import stepflow_runtime", {"anyio", "msgspec", "stepflow_runtime.api"}),
+        (
+            "from stepflow_runtime import StepflowClient",
+            {"stepflow_runtime.server", "subprocess"},
+        ),
+        ("from stepflow_runtime import StepflowRuntime", set()),
+    ],
+)
+def test_importing_brings_in_nothing_heavy(statement: str, more: set[str]) -> None:
+    heavy = {"asyncio", "trio", "httpx", "yaml", "psutil", "ssl", "urllib.request"}
+    heavy |= {"typer", "rich", "stepflow_orchestrator", "stepflow_py"} | more
+    code = f"import sys; {statement}; print({heavy!r} & set(sys.modules))"
     assert python("-c", code).stdout == "set()\n"
+
+
+def test_names_are_there_for_type_checkers_as_for_programs() -> None:
+    """They stand twice: as imports that only type checkers see, and by module."""
+    source = Path(stepflow_runtime.__file__).read_text(encoding="utf-8")
+    seen = re.findall(r"^    from \.(\S+) import (\w+) as \2$", source, re.MULTILINE)
+    assert {name: module for module, name in seen} == stepflow_runtime._MODULES
+    for module, name in seen:
+        there = import_module(f"stepflow_runtime.{module}")
+        assert getattr(stepflow_runtime, name) is getattr(there, name)
+    assert set(stepflow_runtime.__all__) <= set(dir(stepflow_runtime))
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = stepflow_runtime.Nothing
 
 
 def test_the_package_says_that_it_is_typed() -> None:

@@ -15,7 +15,6 @@ trio make a KeyboardInterrupt of it, and the blocks unwind by themselves.
 
 from __future__ import annotations
 
-import asyncio
 import math
 import os
 import signal
@@ -215,11 +214,15 @@ def _exit() -> None:
 
 def _unwind_main_thread(frame: FrameType | None) -> None:
     """Raise SystemExit in the main thread, where that breaks nothing."""
-    with suppress(RuntimeError):
-        # Between two steps, and not in the middle of the loop's own work.
-        asyncio.get_running_loop().call_soon_threadsafe(_exit)
-        return
-    _raise_in_main_thread(frame)
+    call_soon = getattr(current_loop(), "call_soon_threadsafe", None)
+    if call_soon is None:
+        _raise_in_main_thread(frame)
+    else:
+        # Between two steps, and not in the middle of asyncio's own work.
+        with suppress(RuntimeError):
+            call_soon(_exit)
+            return
+        _raise_in_main_thread(frame)
 
 
 def _raise_in_main_thread(frame: FrameType | None) -> None:

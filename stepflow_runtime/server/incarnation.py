@@ -160,6 +160,8 @@ class Incarnation:
                 self._start_pump(pump)
                 tasks.start_soon(self._own_pump, pump)
             self._spawned.set()
+            # In the shadow of the server's own start.
+            await process.get_ready_to_end()
             await process.wait_exit()
             self._ended.set()
             self._note_end()

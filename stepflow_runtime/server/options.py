@@ -15,8 +15,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Self, TypedDict
 
-import yaml
-
 from ..logs.config import LogConfig
 from .restart import RestartPolicy
 
@@ -171,6 +169,8 @@ class ServerOptions:
             return True
         config = DEFAULT_CONFIG if self.config_path is None else self.config_path
         if not isinstance(config, Mapping):
+            import yaml  # takes some milliseconds to come
+
             try:
                 config = yaml.safe_load(Path(config).read_bytes())
             except (OSError, ValueError, yaml.YAMLError):

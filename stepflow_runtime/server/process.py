@@ -10,16 +10,17 @@ import errno
 import logging
 import math
 import signal
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Final
 
 import anyio
 import msgspec
-import psutil
 
 from ..errors import ServerStartError
 from ..logs.entry import LogEntry
@@ -179,11 +180,16 @@ class ServerProcess:
         """Kill the process and its session. For any thread; blocks until they are dead."""
         self._child.sweep(spare_leader=False, timeout=_KILL_TIMEOUT)
 
+    async def get_ready_to_end(self) -> None:
+        """Load what the end needs, while there are descriptors for it."""
+        if "psutil" not in sys.modules:
+            await run_blocking(import_module, "psutil")
+
     async def has_ended(self) -> bool:
         """Ask the system, from any event loop: nobody here may have noticed yet."""
         try:
             return await run_blocking(_has_ended, self.pid)
-        except (OSError, RuntimeError, psutil.Error):
+        except (OSError, RuntimeError):
             return False  # no descriptor or thread to ask with: it is not known to have
 
     async def end(self, grace: Callable[[], float]) -> int:
@@ -288,10 +294,14 @@ def _discard(child: Child) -> None:
 
 
 def _has_ended(pid: int) -> bool:
+    import psutil
+
     try:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+    except psutil.Error:
+        return False
 
 
 def _why_not_executed(binary: Path, exc: OSError | RuntimeError) -> str:

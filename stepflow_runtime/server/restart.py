@@ -6,8 +6,9 @@ Pure: exit code and history in, decision out. Time and chance come from the call
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
 from typing import Final, TypeAlias
+
+import msgspec
 
 __all__ = ["Decision", "GiveUp", "Restart", "RestartPolicy", "decide"]
 
@@ -31,15 +32,13 @@ class RestartPolicy(enum.Enum):
     """Restart it whatever its exit code was."""
 
 
-@dataclass(frozen=True)
-class Restart:
+class Restart(msgspec.Struct, frozen=True):
     """Restart the server after ``delay`` seconds."""
 
     delay: float
 
 
-@dataclass(frozen=True)
-class GiveUp:
+class GiveUp(msgspec.Struct, frozen=True):
     """Leave it; ``reason`` says why, for the user."""
 
     reason: str

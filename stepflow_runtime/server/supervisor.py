@@ -18,13 +18,14 @@ import threading
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import anyio
 import anyio.lowlevel
+import msgspec
 from anyio.abc import TaskGroup
 
 from ..crew import Crew
@@ -66,8 +67,7 @@ _CATCH_UP_TIMEOUT: Final = 0.5
 _CLOSE_TIMEOUT: Final = 1.0
 
 
-@dataclass(frozen=True)
-class Ready:
+class Ready(msgspec.Struct, frozen=True):
     """A server that is there to be used.
 
     :ivar port: its port

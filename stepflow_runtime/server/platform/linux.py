@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import IO
 
 import anyio
-import psutil
 
 from ...forks import no_forks
 from ...threads import run_abandonable
@@ -121,6 +120,8 @@ class LinuxChild(PosixChild):
         return left
 
     def ended_workers(self) -> list[int]:
+        import psutil
+
         try:
             children = psutil.Process(self.pid).children()
         except (psutil.Error, OSError):
@@ -179,6 +180,8 @@ class LinuxChild(PosixChild):
         As they do where we are the first process of a container: orphans fall to that, and
         nobody else would ever reap them.
         """
+        import psutil
+
         for pid in psutil.pids():
             if pid != self.pid and self._is_member(pid):
                 try:

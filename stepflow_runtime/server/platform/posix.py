@@ -21,8 +21,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Final
 
-import psutil
-
 from ...forks import forget_in_child
 from ..options import Command
 
@@ -263,6 +261,8 @@ def filled_pipe(
 
 def is_alive(pid: int) -> bool:
     """False for a zombie, and for nobody."""
+    import psutil
+
     try:
         process = psutil.Process(pid)
         # One whose main thread has ended looks like a zombie while its others run.
@@ -355,6 +355,8 @@ class PosixChild(ABC):
 
     def _members(self, spare_leader: bool) -> list[int]:
         """The session's living processes; zombies only wait for their parents."""
+        import psutil
+
         return [
             pid
             for pid in psutil.pids()
