@@ -13,6 +13,7 @@ when its caller goes. A caller that goes in that first moment leaves the answer 
 
 from __future__ import annotations
 
+import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -709,7 +710,7 @@ class ApiExecutor(ABC):
         if isinstance(flow, FlowId):
             return flow
         if isinstance(flow, str) or hasattr(flow, "__fspath__"):
-            key: _FlowKey = await _in_thread(flows.stat_key, flows.as_path(flow))
+            key: _FlowKey = await self.__file_key(os.fspath(flow))
             if (known := self.__stored.get(self._generation, key)) is not None:
                 return known
             loaded = await _in_thread(flows.load, flow)
@@ -740,6 +741,21 @@ class ApiExecutor(ABC):
         flow_id = FlowId(stored.blob_id)
         self.__stored.remember(generation, key, flow_id)
         return flow_id
+
+    async def __file_key(self, path: str) -> flows.FileKey:
+        if self.__stored.is_nearby(path):
+            try:
+                return flows.stat_key(path)
+            except StepflowError:
+                raise
+            except Exception:  # noqa: BLE001 - whatever it is that forbids it
+                # Programs may have a guard against calls that block their event loops
+                # (blockbuster), that knows nothing of microseconds.
+                self.__stored.forbid_nearby()
+        key, nearby = await _in_thread(flows.look_at, path)
+        if nearby:
+            self.__stored.remember_nearby(path)
+        return key
 
     async def __load(self, flow: FlowSource) -> flows.Flow:
         if isinstance(flow, str) or hasattr(flow, "__fspath__"):
@@ -1116,6 +1132,8 @@ class _Stored:
         self._lock = threading.Lock()
         self._ids: dict[tuple[int | None, _FlowKey], FlowId] = {}
         self._env_names: dict[FlowId, Mapping[str, str]] = {}
+        self._nearby: dict[str, bool] = {}
+        self._is_nearby_forbidden = False
 
     def get(self, generation: int | None, key: _FlowKey) -> FlowId | None:
         return self._ids.get((generation, key))
@@ -1129,6 +1147,22 @@ class _Stored:
         with self._lock:
             for key in [key for key, each in self._ids.items() if each == flow_id]:
                 del self._ids[key]
+
+    def is_nearby(self, path: str) -> bool:
+        """True if a look at this file is known to wait for no other machine."""
+        return path in self._nearby
+
+    def remember_nearby(self, path: str) -> None:
+        with self._lock:
+            _make_room(self._nearby)
+            if not self._is_nearby_forbidden:
+                self._nearby[path] = True
+
+    def forbid_nearby(self) -> None:
+        """Let every look at a file be one of a thread."""
+        with self._lock:
+            self._is_nearby_forbidden = True
+            self._nearby.clear()
 
     def env_names(self, flow_id: FlowId) -> Mapping[str, str] | None:
         return self._env_names.get(flow_id)

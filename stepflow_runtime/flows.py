@@ -27,6 +27,7 @@ from .errors import (
     UnrepresentableValueError,
 )
 from .executor import FlowSource
+from .nearby import is_nearby
 from .representable import representable
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "encode",
     "from_environment",
     "load",
+    "look_at",
     "parse",
     "stat_key",
     "step_ids",
@@ -84,7 +86,19 @@ def load(flow: FlowSource) -> Flow:
     return encode(parse(_read(path), str(path)), str(path))
 
 
-def stat_key(path: Path) -> FileKey:
+def look_at(path: str) -> tuple[FileKey, bool]:
+    """The key of the file's present state, and whether the next look will not wait.
+
+    Blocks on the file system.
+
+    :raises FlowNotFoundError: if it is missing
+    :raises TypeError: if it is not the path of a file, but something else
+    """
+    key = stat_key(str(as_path(path)))
+    return key, is_nearby(path)
+
+
+def stat_key(path: str) -> FileKey:
     """The key of the file's present state. Blocks on the file system.
 
     :raises FlowNotFoundError: if it is missing
@@ -92,11 +106,11 @@ def stat_key(path: Path) -> FileKey:
     try:
         status = os.stat(path)
     except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
-        raise _not_found(path, exc) from exc
+        raise _not_found(Path(path), exc) from exc
     # The path as it is written is not enough, nor are time and size: the working
     # directory can change, and a file can be put in another's place with its times.
     return FileKey(
-        str(path),
+        path,
         status.st_dev,
         status.st_ino,
         status.st_mtime_ns,

@@ -153,9 +153,10 @@ def test_a_missing_file_says_where_it_was_looked_for(tmp_path: Path) -> None:
     assert caught.value.source == str(tmp_path / "nope.yaml")
     with pytest.raises(FlowNotFoundError, match="Is a directory"):
         load(str(tmp_path))
-    for function in (load, stat_key):
-        with pytest.raises(FlowNotFoundError, match="embedded null"):
-            function(Path("a\0b"))
+    with pytest.raises(FlowNotFoundError, match="embedded null"):
+        load(Path("a\0b"))
+    with pytest.raises(FlowNotFoundError, match="embedded null"):
+        stat_key("a\0b")
 
 
 def test_other_things_are_no_workflow() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import anyio
 import anyio.from_thread
 import anyio.to_thread
 import pytest
+from blockbuster import BlockBuster
 
 from stepflow_runtime import (
     FlowFailedError,
+    FlowNotFoundError,
     FlowStatus,
     LogConfig,
     RuntimeState,
@@ -79,6 +82,44 @@ async def test_a_file_put_in_anothers_place_is_noticed(
             assert (await runtime.run("flow.json")).output == output
         os.replace(tmp_path / "other" / "flow.json", "flow.json")
         assert (await runtime.run("flow.json")).output == 3
+
+
+@each_backend
+async def test_a_file_of_this_machine_is_looked_at_without_a_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "flow.json"
+    path.write_text(json.dumps(ECHO))
+    threads: list[object] = []
+
+    async def counted(function: Callable[..., Any], *args: Any) -> Any:
+        threads.append(function)
+        return await in_thread(function, *args)
+
+    in_thread = api._in_thread
+    monkeypatch.setattr(api, "_in_thread", counted)
+    async with StepflowRuntime.start() as runtime:
+        assert (await runtime.run(path, 1)).output == 1
+        first = len(threads)
+        assert first > 0
+        for number in range(10):
+            assert (await runtime.run(path, number)).output == number
+        assert len(threads) == first
+        path.unlink()
+        with pytest.raises(FlowNotFoundError):
+            await runtime.run(path)
+
+
+@each_backend
+async def test_a_program_may_forbid_all_blocking_calls(
+    tmp_path: Path, blockbuster: BlockBuster
+) -> None:
+    blockbuster.functions["os.stat"].can_block_functions.pop()
+    path = tmp_path / "flow.json"
+    path.write_text(json.dumps(ECHO))
+    async with StepflowRuntime.start() as runtime:
+        for number in range(3):
+            assert (await runtime.run(path, number)).output == number
 
 
 @each_backend
