@@ -1,0 +1,249 @@
+"""Where cost grows: with concurrency, with the size of a batch, with the runs that were made.
+
+The series that ``docs/performance.md`` shows, and what another store makes of them.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import anyio
+import psutil
+
+from stepflow_runtime import StepflowRuntime
+
+from .. import peers
+from ..measure import Case, Plan, Row, Sample, against, in_turns, row
+from .bulk import our_batch, pair, their_batch
+
+__all__ = ["CASES"]
+
+AT_ONCE: Final = 50
+
+
+# -- concurrency -----------------------------------------------------------------------
+
+
+def concurrency(plan: Plan) -> list[Row]:
+    rows: list[Row] = []
+    with ExitStack() as stack:
+        sides = _loads(stack)
+        for level in plan.levels_of_growth:
+            at_level = {
+                name: partial(side, level, plan.seconds / 2)
+                for name, side in sides.items()
+            }
+            found = in_turns(at_level, min(plan.rounds, 3), warm=False)
+            rows += _series("growth-concurrency", "runs/s", found, level)
+    return rows
+
+
+def _loads(stack: ExitStack) -> dict[str, peers.Load]:
+    port, _ = stack.enter_context(peers.bare_server())
+    sides = {
+        "ours": stack.enter_context(peers.in_lane("asyncio", peers.ours)),
+        "official": stack.enter_context(peers.in_lane("asyncio", peers.official)),
+    }
+    if peers.has_wrk():
+        sides["limit"] = partial(peers.wrk, port, peers.store(port))
+    return sides
+
+
+def _series(
+    case: str, unit: str, found: dict[str, list[Sample]], x: float
+) -> list[Row]:
+    checks = {
+        "ours": [against(found, "ours", each) for each in found if each != "ours"]
+    }
+    return [
+        row(case, name, unit, samples, *checks.get(name, ()), x=x)
+        for name, samples in found.items()
+    ]
+
+
+# -- batches ---------------------------------------------------------------------------
+
+
+def batches(plan: Plan) -> list[Row]:
+    rows: list[Row] = []
+    with pair() as both, peers.bare_server() as (port, _):
+        call = both.portal.call
+        flow_id = peers.store(port)
+        for size in plan.batches:
+            found = in_turns(
+                {
+                    "ours": partial(call, our_batch, both, size),
+                    "official": partial(call, their_batch, both, size),
+                    "limit": partial(_bare_batch, port, flow_id, size),
+                },
+                plan.rounds,
+            )
+            rows += _series("growth-batch", "items/s", found, size)
+    return rows
+
+
+def _bare_batch(port: int, flow_id: str, size: int) -> Sample:
+    """One request, made before the clock starts, and its answer's bytes, which nobody reads."""
+    body = {
+        "flowId": flow_id,
+        "input": [{"n": number} for number in range(size)],
+        "wait": True,
+        "timeoutSecs": 60,
+    }
+    request = peers.post("/api/v1/runs", json.dumps(body).encode())
+    with peers.connect(port) as connection:
+        began = time.perf_counter()
+        peers.exchange(connection, request)
+        took = time.perf_counter() - began
+    return Sample(size / took, {"ms": 1e3 * took})
+
+
+# -- memory and stores -----------------------------------------------------------------
+
+
+def memory(plan: Plan) -> list[Row]:
+    """What a server, and who talks to it, hold after so many runs."""
+    rows = []
+    for side, enter in _stores().items():
+        with enter() as (run, server):
+            rows += _memory_series(side, run, server, plan.memory)
+    return rows
+
+
+RunSome = Callable[[int], float]
+
+
+@contextmanager
+def _our_server(config: dict[str, Any] | None = None) -> Iterator[tuple[RunSome, int]]:
+    """A runtime in a lane: makes so many runs, and tells the seconds; and its server's pid."""
+    with peers.lane("asyncio") as portal:
+        start = StepflowRuntime.start(config, log_config=peers.QUIET)
+        with portal.wrap_async_context_manager(start) as runtime:
+            assert runtime.pid is not None
+            run = partial(runtime.run, peers.FLOW, peers.INPUT)
+            portal.call(run)
+            yield partial(portal.call, _run_some, run), runtime.pid
+
+
+@contextmanager
+def _our_sqlite() -> Iterator[tuple[RunSome, int]]:
+    with _sqlite() as config, _our_server(config) as server:
+        yield server
+
+
+@contextmanager
+def _sqlite() -> Iterator[dict[str, Any]]:
+    """A configuration with a database in a file."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "stepflow.db"
+        yield {
+            **peers.CONFIG,
+            "storageConfig": {
+                "type": "sqlite",
+                "databaseUrl": f"sqlite:{path}?mode=rwc",
+                "autoMigrate": True,
+            },
+        }
+
+
+def _stores() -> dict[str, Any]:
+    return {
+        "ours, in memory": _our_server,
+        "ours, sqlite": _our_sqlite,
+        "official": _theirs,
+    }
+
+
+@contextmanager
+def _theirs() -> Iterator[tuple[RunSome, int]]:
+    """The official client, on a server started by hand."""
+    with peers.lane("asyncio") as portal, peers.bare_server() as (port, pid):
+        client, flow_id = portal.call(_their_client, port)
+        run = partial(client.run, flow_id, peers.INPUT)
+        try:
+            yield partial(portal.call, _run_some, run), pid
+        finally:
+            portal.call(client.close)
+
+
+async def _their_client(port: int) -> tuple[Any, str]:
+    from stepflow_py import StepflowClient
+
+    client = StepflowClient.connect(f"127.0.0.1:{port}")
+    return client, (await client.store_flow(peers.FLOW)).flow_id
+
+
+async def _run_some(run: peers.Runs, count: int) -> float:
+    numbers = iter(range(count))
+
+    async def work() -> None:
+        for _ in numbers:
+            await run()
+
+    began = time.perf_counter()
+    async with anyio.create_task_group() as tasks:
+        for _ in range(AT_ONCE):
+            tasks.start_soon(work)
+    return time.perf_counter() - began
+
+
+def _memory_series(side: str, run: RunSome, server: int, runs: int) -> list[Row]:
+    """A row for each tenth: the server's RSS, and what this process has grown by."""
+    me, it = psutil.Process(), psutil.Process(server)
+    run(min(runs // 10, 500))
+    mine, first = me.memory_info().rss, it.memory_info().rss
+    rows = []
+    for number in range(11):
+        took = run(runs // 10) if number else 0.0
+        made = number * (runs // 10)
+        now = it.memory_info().rss
+        also = {"this process, MB grown": (me.memory_info().rss - mine) / 1e6}
+        also["KB/run"] = (now - first) / made / 1e3 if made else 0.0
+        also["runs/s"] = runs // 10 / took if took else 0.0
+        rows.append(
+            row("growth-memory", side, "MB, server", [Sample(now / 1e6, also)], x=made)
+        )
+    return rows
+
+
+def stores(plan: Plan) -> list[Row]:
+    """Runs per second with the store in memory and in a file, turn by turn."""
+    rows: list[Row] = []
+    in_file = "ours, sqlite"
+    with ExitStack() as stack:
+        enter = stack.enter_context
+        config = enter(_sqlite())
+        sides = {
+            "ours, in memory": enter(peers.in_lane("asyncio", peers.ours)),
+            in_file: enter(
+                peers.in_lane("asyncio", partial(peers.ours, config_path=config))
+            ),
+        }
+        for level in (1, 10, 50):
+            at_level = {
+                name: partial(side, level, plan.seconds) for name, side in sides.items()
+            }
+            found = in_turns(at_level, min(plan.rounds, 3))
+            checks = {in_file: [against(found, in_file, "ours, in memory")]}
+            rows += [
+                row(
+                    f"stores at {level}", name, "runs/s", samples, *checks.get(name, ())
+                )
+                for name, samples in found.items()
+            ]
+    return rows
+
+
+CASES: Final = (
+    Case("growth-concurrency", "runs per second, by runs at a time", concurrency),
+    Case("growth-batch", "items per second, by the size of a batch", batches),
+    Case("growth-memory", "memory, by runs made", memory),
+    Case("stores", "the server's store in memory and in a file", stores),
+)
