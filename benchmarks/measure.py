@@ -74,7 +74,7 @@ FULL: Final = Plan(
 )
 QUICK: Final = Plan(
     rounds=3,
-    seconds=0.1,
+    seconds=0.2,
     starts=3,
     slow_starts=1,
     levels=(1, 50),
