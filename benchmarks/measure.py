@@ -41,6 +41,7 @@ class Plan(msgspec.Struct, frozen=True):
     """How much is measured."""
 
     rounds: int  # turns of each side under load
+    rounds_of_growth: int
     seconds: float  # how long such a turn lasts
     starts: int  # turns where a turn starts a process
     slow_starts: int  # and where it takes a second or more to do so
@@ -49,6 +50,7 @@ class Plan(msgspec.Struct, frozen=True):
     batches: tuple[int, ...]
     batch: int
     megabytes: tuple[int, ...]
+    slow_payloads: int  # turns where one takes ten seconds
     log_lines: int
     log_flood: int  # bytes
     blocked: float  # seconds that an event loop is held up
@@ -58,7 +60,8 @@ class Plan(msgspec.Struct, frozen=True):
 
 FULL: Final = Plan(
     rounds=5,
-    seconds=0.8,
+    rounds_of_growth=3,
+    seconds=0.7,
     starts=15,
     slow_starts=5,
     levels=(1, 10, 50, 200),
@@ -66,6 +69,7 @@ FULL: Final = Plan(
     batches=(1, 10, 100, 1_000, 10_000, 30_000),
     batch=10_000,
     megabytes=(1, 50),
+    slow_payloads=1,
     log_lines=200_000,
     log_flood=100_000_000,
     blocked=5.0,
@@ -74,14 +78,16 @@ FULL: Final = Plan(
 )
 QUICK: Final = Plan(
     rounds=3,
+    rounds_of_growth=2,
     seconds=0.2,
     starts=3,
     slow_starts=1,
     levels=(1, 50),
-    levels_of_growth=(1, 10, 50),
+    levels_of_growth=(1, 50),
     batches=(1, 100, 3_000),
     batch=10_000,
     megabytes=(1, 50),
+    slow_payloads=0,
     log_lines=100_000,
     log_flood=30_000_000,
     blocked=1.0,

@@ -40,7 +40,7 @@ def concurrency(plan: Plan) -> list[Row]:
                 name: partial(side, level, plan.seconds / 2)
                 for name, side in sides.items()
             }
-            found = in_turns(at_level, min(plan.rounds, 3), warm=False)
+            found = in_turns(at_level, plan.rounds_of_growth, warm=False)
             rows += _series("growth-concurrency", "runs/s", found, level)
     return rows
 
@@ -111,29 +111,41 @@ def _bare_batch(port: int, flow_id: str, size: int) -> Sample:
 def memory(plan: Plan) -> list[Row]:
     """What a server, and who talks to it, hold after so many runs."""
     rows = []
-    for side, enter in _stores().items():
+    for side, (enter, runs) in _sides(plan.memory).items():
         with enter() as (run, server):
-            rows += _memory_series(side, run, server, plan.memory)
+            rows += _memory_series(side, run, server, runs)
     return rows
 
 
 RunSome = Callable[[int], float]
+Server = Callable[[], int]  # its pid, which is another one after a restart
+Entered = tuple[RunSome, Server]
+
+
+def _sides(runs: int) -> dict[str, tuple[Callable[[], Any], int]]:
+    """How each is entered, and how many runs it makes: a database is slow."""
+    return {
+        "ours, in memory": (_our_server, runs),
+        "ours, sqlite": (_our_sqlite, runs // 20),
+        "official": (_theirs, runs),
+        "limit": (_raw_server, runs),
+    }
 
 
 @contextmanager
-def _our_server(config: dict[str, Any] | None = None) -> Iterator[tuple[RunSome, int]]:
-    """A runtime in a lane: makes so many runs, and tells the seconds; and its server's pid."""
+def _our_server(
+    config: dict[str, Any] | None = None, **options: Any
+) -> Iterator[Entered]:
     with peers.lane("asyncio") as portal:
-        start = StepflowRuntime.start(config, log_config=peers.QUIET)
+        start = StepflowRuntime.start(config, log_config=peers.QUIET, **options)
         with portal.wrap_async_context_manager(start) as runtime:
-            assert runtime.pid is not None
             run = partial(runtime.run, peers.FLOW, peers.INPUT)
             portal.call(run)
-            yield partial(portal.call, _run_some, run), runtime.pid
+            yield partial(portal.call, _run_some, run), lambda: runtime.pid or 0
 
 
 @contextmanager
-def _our_sqlite() -> Iterator[tuple[RunSome, int]]:
+def _our_sqlite() -> Iterator[Entered]:
     with _sqlite() as config, _our_server(config) as server:
         yield server
 
@@ -153,22 +165,14 @@ def _sqlite() -> Iterator[dict[str, Any]]:
         }
 
 
-def _stores() -> dict[str, Any]:
-    return {
-        "ours, in memory": _our_server,
-        "ours, sqlite": _our_sqlite,
-        "official": _theirs,
-    }
-
-
 @contextmanager
-def _theirs() -> Iterator[tuple[RunSome, int]]:
+def _theirs() -> Iterator[Entered]:
     """The official client, on a server started by hand."""
     with peers.lane("asyncio") as portal, peers.bare_server() as (port, pid):
         client, flow_id = portal.call(_their_client, port)
         run = partial(client.run, flow_id, peers.INPUT)
         try:
-            yield partial(portal.call, _run_some, run), pid
+            yield partial(portal.call, _run_some, run), lambda: pid
         finally:
             portal.call(client.close)
 
@@ -178,6 +182,22 @@ async def _their_client(port: int) -> tuple[Any, str]:
 
     client = StepflowClient.connect(f"127.0.0.1:{port}")
     return client, (await client.store_flow(peers.FLOW)).flow_id
+
+
+@contextmanager
+def _raw_server() -> Iterator[Entered]:
+    """One socket, one run at a time, and nothing kept."""
+    with peers.bare_server() as (port, pid), peers.connect(port) as connection:
+        body = json.dumps(peers.run_body(peers.store(port))).encode()
+        request = peers.post("/api/v1/runs", body)
+
+        def run_some(count: int) -> float:
+            began = time.perf_counter()
+            for _ in range(count):
+                peers.exchange(connection, request)
+            return time.perf_counter() - began
+
+        yield run_some, lambda: pid
 
 
 async def _run_some(run: peers.Runs, count: int) -> float:
@@ -194,23 +214,31 @@ async def _run_some(run: peers.Runs, count: int) -> float:
     return time.perf_counter() - began
 
 
-def _memory_series(side: str, run: RunSome, server: int, runs: int) -> list[Row]:
+def _memory_series(side: str, run: RunSome, server: Server, runs: int) -> list[Row]:
     """A row for each tenth: the server's RSS, and what this process has grown by."""
-    me, it = psutil.Process(), psutil.Process(server)
+    me = psutil.Process()
     run(min(runs // 10, 500))
-    mine, first = me.memory_info().rss, it.memory_info().rss
+    mine, first = _rss(me.pid), _rss(server())
     rows = []
-    for number in range(11):
-        took = run(runs // 10) if number else 0.0
-        made = number * (runs // 10)
-        now = it.memory_info().rss
-        also = {"this process, MB grown": (me.memory_info().rss - mine) / 1e6}
-        also["KB/run"] = (now - first) / made / 1e3 if made else 0.0
-        also["runs/s"] = runs // 10 / took if took else 0.0
+    for tenth in range(11):
+        took = run(runs // 10) if tenth else 0.0
+        made = tenth * (runs // 10)
+        now = _rss(server())
+        also = {"this process, MB grown": _rss(me.pid) - mine}
+        if made:
+            also |= {
+                "KB/run": 1e3 * (now - first) / made,
+                "runs/s": runs // 10 / took,
+            }
         rows.append(
-            row("growth-memory", side, "MB, server", [Sample(now / 1e6, also)], x=made)
+            row("growth-memory", side, "MB, server", [Sample(now, also)], x=made)
         )
     return rows
+
+
+def _rss(pid: int) -> float:
+    """In MB."""
+    return float(psutil.Process(pid).memory_info().rss) / 1e6
 
 
 def stores(plan: Plan) -> list[Row]:
@@ -230,7 +258,7 @@ def stores(plan: Plan) -> list[Row]:
             at_level = {
                 name: partial(side, level, plan.seconds) for name, side in sides.items()
             }
-            found = in_turns(at_level, min(plan.rounds, 3))
+            found = in_turns(at_level, plan.rounds_of_growth)
             checks = {in_file: [against(found, in_file, "ours, in memory")]}
             rows += [
                 row(
