@@ -75,8 +75,12 @@ def draw(
             linestyle="--" if name == "limit" else "-",
         )
     axes.set(xlabel=x, ylabel=y, **scale)
-    if scale.get("yscale") != "log":
-        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    for axis, kind in ((axes.xaxis, "xscale"), (axes.yaxis, "yscale")):
+        axis.set_major_formatter(lambda tick, _: f"{tick:,g}")
+        if scale.get(kind) == "log":
+            axis.set_minor_formatter(lambda *_: "")
+    if scale.get("yscale") != "log" and axes.get_ylim()[0] > 0:
+        axes.set_ylim(bottom=0)
     axes.grid(color=GREY, alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, labelcolor=GREY)
@@ -89,7 +93,7 @@ def panels(path: Path, *draws: Callable[[Any], None]) -> None:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    style = {
+    style: dict[Any, Any] = {
         "axes.edgecolor": GREY,
         "axes.labelcolor": GREY,
         "font.size": 9,
@@ -201,11 +205,26 @@ def _left_by_run(results: Results, side: str) -> str:
     return number(found[-1]) if found else ""
 
 
+def costs(results: Results) -> str:
+    """What the server keeps of a run."""
+    lines = [
+        [each.side, number(value(each))]
+        for each in results.rows
+        if each.case == "growth-costs"
+    ]
+    return markdown(["what is made", "KB of the server's memory"], lines)
+
+
 def machine(results: Results) -> str:
     return f"```text\n{machine_lines(results)}\n```"
 
 
-TABLES: Final = {"machine": machine, "promises": promises, "stores": stores}
+TABLES: Final = {
+    "costs": costs,
+    "machine": machine,
+    "promises": promises,
+    "stores": stores,
+}
 
 
 def fill(page: str, results: Results) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -241,6 +241,63 @@ def _rss(pid: int) -> float:
     return float(psutil.Process(pid).memory_info().rss) / 1e6
 
 
+# -- what a run costs ------------------------------------------------------------------
+
+
+def costs(plan: Plan) -> list[Row]:
+    """Memory of the server that a run, or an item, takes and never gives back."""
+    count = plan.memory // 5
+    ways: dict[str, tuple[Callable[..., Awaitable[object]], int]] = {
+        "a run": (_make_runs, count),
+        "a run, deleted": (_make_and_delete, count),
+        "a run with 10 KB of input": (_make_large, count // 5),
+        "an item of a batch": (_make_batch, count),
+    }
+    return [
+        row("growth-costs", name, "KB", [_cost(way, number)])
+        for name, (way, number) in ways.items()
+    ]
+
+
+def _cost(
+    make: Callable[[StepflowRuntime, int], Awaitable[object]], count: int
+) -> Sample:
+    return Sample(anyio.run(_grow, make, count))
+
+
+async def _grow(
+    make: Callable[[StepflowRuntime, int], Awaitable[object]], count: int
+) -> float:
+    async with StepflowRuntime.start(log_config=peers.QUIET) as runtime:
+        assert runtime.pid is not None
+        await make(runtime, count // 10)
+        before = _rss(runtime.pid)
+        await make(runtime, count)
+        return 1e3 * (_rss(runtime.pid) - before) / count
+
+
+async def _make_runs(runtime: StepflowRuntime, count: int) -> None:
+    await _run_some(partial(runtime.run, peers.FLOW, peers.INPUT), count)
+
+
+async def _make_large(runtime: StepflowRuntime, count: int) -> None:
+    await _run_some(partial(runtime.run, peers.FLOW, {"text": "x" * 10_000}), count)
+
+
+async def _make_and_delete(runtime: StepflowRuntime, count: int) -> None:
+    async def run() -> None:
+        result = await runtime.run(peers.FLOW, peers.INPUT)
+        await runtime.delete_run(result.run_id)
+
+    await _run_some(run, count)
+
+
+async def _make_batch(runtime: StepflowRuntime, count: int) -> None:
+    inputs = [peers.INPUT] * count
+    batch_id = await runtime.submit_batch(peers.FLOW, inputs)
+    await runtime.get_batch(batch_id)
+
+
 def stores(plan: Plan) -> list[Row]:
     """Runs per second with the store in memory and in a file, turn by turn."""
     rows: list[Row] = []
@@ -273,5 +330,6 @@ CASES: Final = (
     Case("growth-concurrency", "runs per second, by runs at a time", concurrency),
     Case("growth-batch", "items per second, by the size of a batch", batches),
     Case("growth-memory", "memory, by runs made", memory),
+    Case("growth-costs", "what a run leaves in the server's memory", costs),
     Case("stores", "the server's store in memory and in a file", stores),
 )
