@@ -27,6 +27,7 @@ COLOURS: Final = {
     "ours": "#3b8ed0",
     "ours, in memory": "#3b8ed0",
     "ours, sqlite": "#3aa57a",
+    "ours, recycled": "#a06cc8",
     "official": "#d9822b",
     "limit": GREY,
 }

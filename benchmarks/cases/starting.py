@@ -188,18 +188,30 @@ async def hosted() -> tuple[float, float]:
     return ready - began, time.perf_counter() - ready
 
 
+async def official() -> tuple[float, float]:
+    """The same of the official launcher."""
+    from stepflow_orchestrator import OrchestratorConfig, StepflowOrchestrator
+
+    config = OrchestratorConfig(config=peers.CONFIG, log_level="error")
+    began = time.perf_counter()
+    async with StepflowOrchestrator.start(config):
+        ready = time.perf_counter()
+    return ready - began, time.perf_counter() - ready
+
+
 def _life(
     backend: str, live: Callable[[], Awaitable[tuple[float, float]]], phase: int
 ) -> Sample:
     return Sample(1e3 * anyio.run(live, backend=backend)[phase])
 
 
-LIVES: Final = {
+OURS: Final = {
     "ours, asyncio": ("asyncio", entered),
     "ours, trio": ("trio", entered),
     "ours, hosted from asyncio": ("asyncio", hosted),
     "ours, hosted from trio": ("trio", hosted),
 }
+LIVES: Final = {**OURS, "official": ("asyncio", official)}
 
 
 def bare_start() -> Sample:
@@ -223,17 +235,10 @@ def start(plan: Plan) -> list[Row]:
     sides: dict[str, Callable[[], Sample]] = {bare: bare_start}
     sides |= {name: partial(_life, *life, 0) for name, life in LIVES.items()}
     found = in_turns(sides, plan.starts)
+    checks = {name: [against(found, name, bare, "at most", 1.25)] for name in OURS}
+    checks["official"] = [against(found, "official", bare)]
     return [
-        *(
-            row(
-                "start",
-                name,
-                "ms",
-                found[name],
-                against(found, name, bare, "at most", 1.25),
-            )
-            for name in LIVES
-        ),
+        *(row("start", name, "ms", found[name], *checks[name]) for name in LIVES),
         row("start", bare, "ms", found[bare]),
     ]
 
@@ -245,7 +250,8 @@ def stop(plan: Plan) -> list[Row]:
     worker = "ours, with a Python worker"
     slow = in_turns({worker: _stop_with_worker}, plan.slow_starts, warm=False)
     return [
-        *(_bounded("stop", name, idle[name], 50) for name in LIVES),
+        *(_bounded("stop", name, idle[name], 50) for name in OURS),
+        row("stop", "official", "ms", idle["official"]),
         _bounded("stop", worker, slow[worker], 1000),
     ]
 
