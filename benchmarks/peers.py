@@ -282,10 +282,11 @@ def raw(port: int, flow_id: str, at_once: int, seconds: float) -> Sample:
         each.fileno(): each for each in (connect(port) for _ in range(at_once))
     }
     try:
-        began = time.perf_counter()
         work = _raw_alone if at_once == 1 else _raw_many
+        began, cost = time.perf_counter(), time.process_time()
         latencies = work(connections, request, began + seconds)
-        return of_latencies(latencies, time.perf_counter() - began)
+        cost = time.process_time() - cost
+        return of_latencies(latencies, time.perf_counter() - began, cost)
     finally:
         for each in connections.values():
             each.close()

@@ -37,8 +37,7 @@ def concurrency(plan: Plan) -> list[Row]:
         sides = _loads(stack)
         for level in plan.levels_of_growth:
             at_level = {
-                name: partial(side, level, plan.seconds / 2)
-                for name, side in sides.items()
+                name: partial(side, level, plan.seconds) for name, side in sides.items()
             }
             found = in_turns(at_level, plan.rounds_of_growth, warm=False)
             rows += _series("growth-concurrency", "runs/s", found, level)
@@ -83,7 +82,7 @@ def batches(plan: Plan) -> list[Row]:
                     "official": partial(call, their_batch, both, size),
                     "limit": partial(_bare_batch, port, flow_id, size),
                 },
-                plan.rounds,
+                plan.rounds_of_growth,
             )
             rows += _series("growth-batch", "items/s", found, size)
     return rows

@@ -20,7 +20,7 @@ from stepflow_runtime import StepflowRuntime
 from .. import peers
 from ..measure import Case, Plan, Row, Sample, alone, quantile, row
 
-__all__ = ["CASES"]
+__all__ = ["CASES", "main"]
 
 AT_ONCE: Final = 50
 WARM_UP: Final = 5_000
@@ -30,8 +30,10 @@ SERVER_NOTE: Final = (
 
 
 def soak(plan: Plan) -> list[Row]:
-    child = [sys.executable, "-m", __name__, str(plan.soak)]
-    done = subprocess.run(child, stdout=subprocess.PIPE, check=True)
+    script = f"from {__name__} import main; main({plan.soak})"
+    done = subprocess.run(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, check=True
+    )
     found = json.loads(done.stdout)
     case = f"soak, {plan.soak:,} runs"
     return [
@@ -57,11 +59,12 @@ async def _soak(runs: int) -> dict[str, Any]:
     # Touched here, so that it is no growth.
     latencies = array("d", [1.0]) * runs
     async with StepflowRuntime.start(log_config=peers.QUIET) as runtime:
-        await _run(runtime, array("d", [0.0]) * WARM_UP)
+        # One more at a time: a health request may come between, and wants a connection.
+        await _run(runtime, array("d", [0.0]) * WARM_UP, AT_ONCE + 1)
         me, server = psutil.Process(), psutil.Process(runtime.pid)
         before = me.memory_info().rss, me.num_fds(), server.memory_info().rss
         began = time.perf_counter()
-        await _run(runtime, latencies)
+        await _run(runtime, latencies, AT_ONCE)
         took = time.perf_counter() - began
         after = me.memory_info().rss, me.num_fds(), server.memory_info().rss
     tenth = runs // 10
@@ -75,7 +78,7 @@ async def _soak(runs: int) -> dict[str, Any]:
     }
 
 
-async def _run(runtime: StepflowRuntime, latencies: array[float]) -> None:
+async def _run(runtime: StepflowRuntime, latencies: array[float], at_once: int) -> None:
     """As many runs as there are places, some at a time."""
     numbers = iter(range(len(latencies)))
 
@@ -86,11 +89,13 @@ async def _run(runtime: StepflowRuntime, latencies: array[float]) -> None:
             latencies[number] = time.perf_counter() - began
 
     async with anyio.create_task_group() as tasks:
-        for _ in range(AT_ONCE):
+        for _ in range(at_once):
             tasks.start_soon(work)
 
 
-CASES: Final = (Case("soak", "what very many runs leave behind", soak),)
+def main(runs: int) -> None:
+    """What the new process does."""
+    print(json.dumps(anyio.run(_soak, runs)))
 
-if __name__ == "__main__":
-    print(json.dumps(anyio.run(_soak, int(sys.argv[1]))))
+
+CASES: Final = (Case("soak", "what very many runs leave behind", soak),)
