@@ -24,6 +24,7 @@ __all__ = ["CASES", "main"]
 
 AT_ONCE: Final = 50
 WARM_UP: Final = 5_000
+HEALTH_INTERVAL: Final = 0.5
 SERVER_NOTE: Final = (
     "the server's own store grows by what it keeps of each run: see growth"
 )
@@ -58,9 +59,12 @@ def _row(case: str, side: str, unit: str, value: float, most: float) -> Row:
 async def _soak(runs: int) -> dict[str, Any]:
     # Touched here, so that it is no growth.
     latencies = array("d", [1.0]) * runs
-    async with StepflowRuntime.start(log_config=peers.QUIET) as runtime:
-        # One more at a time: a health request may come between, and wants a connection.
-        await _run(runtime, array("d", [0.0]) * WARM_UP, AT_ONCE + 1)
+    async with StepflowRuntime.start(
+        log_config=peers.QUIET, health_interval=HEALTH_INTERVAL
+    ) as runtime:
+        await _run(runtime, array("d", [0.0]) * WARM_UP, AT_ONCE)
+        # The first health request opens a connection that stays: it counts as there.
+        await anyio.sleep(2 * HEALTH_INTERVAL)
         me, server = psutil.Process(), psutil.Process(runtime.pid)
         before = me.memory_info().rss, me.num_fds(), server.memory_info().rss
         began = time.perf_counter()
