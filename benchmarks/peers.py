@@ -41,6 +41,7 @@ __all__ = [
     "QUIET",
     "Load",
     "bare_server",
+    "connect",
     "environment",
     "exchange",
     "has_wrk",
