@@ -117,8 +117,9 @@ def in_lane(
 async def ours(log_config: LogConfig = QUIET, **options: Any) -> AsyncIterator[Runs]:
     """A runtime in the caller's task."""
     async with StepflowRuntime.start(log_config=log_config, **options) as runtime:
-        (await runtime.run(FLOW, INPUT)).unwrap()
-        yield partial(runtime.run, FLOW, INPUT)
+        flow_id = await runtime.store_flow(FLOW)
+        (await runtime.run(flow_id, INPUT)).unwrap()
+        yield partial(runtime.run, flow_id, INPUT)
 
 
 @asynccontextmanager
@@ -126,8 +127,9 @@ async def hosted(log_config: LogConfig = QUIET) -> AsyncIterator[Runs]:
     """A runtime in a background thread, its calls made here."""
     runtime = await StepflowRuntime.start_async(log_config=log_config)
     try:
-        (await runtime.run(FLOW, INPUT)).unwrap()
-        yield partial(runtime.run, FLOW, INPUT)
+        flow_id = await runtime.store_flow(FLOW)
+        (await runtime.run(flow_id, INPUT)).unwrap()
+        yield partial(runtime.run, flow_id, INPUT)
     finally:
         await runtime.stop_async()
 
