@@ -77,6 +77,7 @@ from .logs.entry import LogEntry
 from .many import RunMany
 from .refusals import refusal
 from .representable import SIXTY_FOUR_BITS, representable
+from .traffic import FREE, FreeTraffic, Hold, StoredBlob
 from .transport import NO_HEADERS, Heir, Response, Stream
 
 __all__ = ["ApiExecutor"]
@@ -120,11 +121,16 @@ _REASON_PATIENCE: Final = 5.0
 class ApiExecutor(ABC):
     """Runs workflows on a server; how that is reached is for the subclass to say.
 
+    Each call holds the server while it is under way, and its parts do not: those would
+    wait at a gate that only the end of the call can open.
+
     :param crew: does what outlives calls
+    :param traffic: is told of what is under way on the server
     """
 
-    def __init__(self, crew: Crew) -> None:
+    def __init__(self, crew: Crew, traffic: FreeTraffic = FREE) -> None:
         self.__crew = crew
+        self.__traffic = traffic
         self.__stored = _Stored()
 
     @property
@@ -216,30 +222,37 @@ class ApiExecutor(ABC):
         cancelled and lets its steps go on to their end.
         """
         inputs = [as_input(input)]
-        with _time_limit(timeout) as limit:
-            answer, generation = await self.__create(
-                flow,
-                inputs,
-                overrides,
-                variables,
-                variables_from_env=variables_from_env,
-                wait=_FIRST_WAIT,
-            )
-            summary = answer.summary
-            results: Sequence[Any] = answer.results
-            if not summary.has_ended:
-                limit.concerns(summary.run_id)
-                try:
-                    details, _ = await self.__wait_for_end(summary.run_id, generation)
-                    summary = details.summary
-                except anyio.get_cancelled_exc_class():
-                    self.__have_cancelled(summary.run_id)
-                    raise
-                results = await self.__items(summary, generation)
-        result = wire.flow_result(summary, results[0] if results else None)
-        if result.is_failed:
-            (result,) = await self.__with_reasons([result])
-        return result
+        limit = _time_limit(timeout)
+        with self.__traffic.hold() or await self.__wait_hold(limit):
+            with limit:
+                answer, generation = await self.__create(
+                    flow,
+                    inputs,
+                    overrides,
+                    variables,
+                    variables_from_env=variables_from_env,
+                    wait=_FIRST_WAIT,
+                )
+                self.__traffic.took(1, generation)
+                summary = answer.summary
+                results: Sequence[Any] = answer.results
+                if not summary.has_ended:
+                    limit.concerns(summary.run_id)
+                    try:
+                        details, _ = await self.__wait_for_end(
+                            summary.run_id, generation
+                        )
+                        summary = details.summary
+                    except GeneratorExit:  # as garbage of a loop that was closed
+                        raise
+                    except anyio.get_cancelled_exc_class():
+                        self.__have_cancelled(summary.run_id)
+                        raise
+                    results = await self.__items(summary, generation)
+            result = wire.flow_result(summary, results[0] if results else None)
+            if result.is_failed:
+                (result,) = await self.__with_reasons([result])
+            return result
 
     async def submit(
         self,
@@ -257,15 +270,19 @@ class ApiExecutor(ABC):
         server to take the run. Cancelled while it is being taken, it is cancelled there.
         """
         inputs = [as_input(input)]
-        with _time_limit(timeout):
-            answer, _ = await self.__create(
-                flow,
-                inputs,
-                overrides,
-                variables,
-                variables_from_env=variables_from_env,
-            )
-        return answer.summary.run_id
+        limit = _time_limit(timeout)
+        with self.__traffic.hold() or await self.__wait_hold(limit):
+            with limit:
+                answer, generation = await self.__create(
+                    flow,
+                    inputs,
+                    overrides,
+                    variables,
+                    variables_from_env=variables_from_env,
+                )
+            run_id = answer.summary.run_id
+            self.__traffic.took(1, generation, run_id)
+        return run_id
 
     async def get_result(
         self, run_id: str, *, timeout: float | None = None
@@ -279,18 +296,20 @@ class ApiExecutor(ABC):
         :raises ValueError: if it is a batch of several items: see :meth:`get_batch`
         :raises RunTimeoutError: if ``timeout`` seconds were over first
         """
-        with _time_limit(timeout, "is not over yet") as limit:
-            limit.concerns(run_id)
-            details, generation = await self.__wait_for_end(run_id)
-            if details.summary.items.total > 1:
-                raise ValueError(
-                    f"run {run_id} is a batch of {details.summary.items.total} items: "
-                    "get_batch() has their results"
-                )
-            items = await self.__items(details.summary, generation)
-        result = wire.flow_result(details.summary, items[0] if items else None)
-        (result,) = await self.__with_reasons([result], details)
-        return result
+        limit = _time_limit(timeout, "is not over yet", run_id)
+        with self.__traffic.hold(run_id) or await self.__wait_hold(limit, run_id):
+            with limit:
+                details, generation = await self.__wait_for_end(run_id)
+                if details.summary.items.total > 1:
+                    raise ValueError(
+                        f"run {run_id} is a batch of {details.summary.items.total} items: "
+                        "get_batch() has their results"
+                    )
+                items = await self.__items(details.summary, generation)
+            result = wire.flow_result(details.summary, items[0] if items else None)
+            (result,) = await self.__with_reasons([result], details)
+            self.__traffic.fetched(details.summary.run_id)
+            return result
 
     async def submit_batch(
         self,
@@ -315,16 +334,20 @@ class ApiExecutor(ABC):
         """
         check_max_concurrent(max_concurrent)
         items = as_batch(inputs)
-        with _time_limit(timeout):
-            answer, _ = await self.__create(
-                flow,
-                items,
-                overrides,
-                variables,
-                variables_from_env=variables_from_env,
-                max_concurrent=max_concurrent,
-            )
-        return answer.summary.run_id
+        limit = _time_limit(timeout)
+        with self.__traffic.hold() or await self.__wait_hold(limit):
+            with limit:
+                answer, generation = await self.__create(
+                    flow,
+                    items,
+                    overrides,
+                    variables,
+                    variables_from_env=variables_from_env,
+                    max_concurrent=max_concurrent,
+                )
+            batch_id = answer.summary.run_id
+            self.__traffic.took(len(items), generation, batch_id)
+        return batch_id
 
     async def get_batch(
         self,
@@ -349,26 +372,30 @@ class ApiExecutor(ABC):
         """
         check_flag("include_results", include_results)
         check_flag("wait", wait)
-        with _time_limit(timeout, "is not over yet") as limit:
-            limit.concerns(batch_id)
-            if wait:
-                details, generation = await self.__wait_for_end(batch_id)
-            else:
-                details, generation = await self.__details(batch_id)
-            summary = details.summary
-            if not include_results:
-                return wire.run_info(summary), []
-            found = await self.__items(summary, generation)
-            items = {each.item_index: each for each in found}
-        results = [
-            wire.flow_result(summary, items.get(index))
-            if index in items
-            else msgspec.structs.replace(
-                wire.flow_result(summary, None), item_index=index
-            )
-            for index in range(max(summary.items.total, len(items)))
-        ]
-        return wire.run_info(summary), await self.__with_reasons(results, details)
+        limit = _time_limit(timeout, "is not over yet", batch_id)
+        with self.__traffic.hold(batch_id) or await self.__wait_hold(limit, batch_id):
+            with limit:
+                if wait:
+                    details, generation = await self.__wait_for_end(batch_id)
+                else:
+                    details, generation = await self.__details(batch_id)
+                summary = details.summary
+                if not include_results:
+                    return wire.run_info(summary), []
+                found = await self.__items(summary, generation)
+                items = {each.item_index: each for each in found}
+            results = [
+                wire.flow_result(summary, items.get(index))
+                if index in items
+                else msgspec.structs.replace(
+                    wire.flow_result(summary, None), item_index=index
+                )
+                for index in range(max(summary.items.total, len(items)))
+            ]
+            results = await self.__with_reasons(results, details)
+            if summary.has_ended:
+                self.__traffic.fetched(summary.run_id)
+            return wire.run_info(summary), results
 
     def run_many(
         self,
@@ -417,6 +444,10 @@ class ApiExecutor(ABC):
 
         :raises NotFoundError: if the server does not know the run
         """
+        with self.__traffic.hold(run_id) or await self.__traffic.wait_hold(run_id):
+            return await self.__cancel(run_id)
+
+    async def __cancel(self, run_id: str) -> RunInfo:
         path = f"/runs/{as_segment('run_id', run_id)}"
         found, generation = await self.__ask_whom(
             wire.decode_summary, "GET", path, run_id=run_id
@@ -438,6 +469,10 @@ class ApiExecutor(ABC):
 
         :raises NotFoundError: if the server does not know the run
         """
+        with self.__traffic.hold(run_id) or await self.__traffic.wait_hold(run_id):
+            return await self.__run_info(run_id)
+
+    async def __run_info(self, run_id: str) -> RunInfo:
         path = f"/runs/{as_segment('run_id', run_id)}"
         found = await self.__ask(wire.decode_summary, "GET", path, run_id=run_id)
         return wire.run_info(found.summary)
@@ -487,7 +522,8 @@ class ApiExecutor(ABC):
             limit=limit,
             offset=offset or None,
         )
-        found = await self.__ask(wire.decode_run_list, "GET", f"/runs{filters}")
+        with self.__traffic.hold() or await self.__traffic.wait_hold():
+            found = await self.__ask(wire.decode_run_list, "GET", f"/runs{filters}")
         return [wire.run_info(each) for each in found.runs]
 
     async def get_steps(
@@ -502,12 +538,13 @@ class ApiExecutor(ABC):
             check_count("item_index", item_index, least=0)
         path = f"/runs/{as_segment('run_id', run_id)}"
         filters = wire.query(itemIndex=item_index)
-        found = await self.__ask(
-            wire.decode_run_steps, "GET", f"{path}/steps{filters}", run_id=run_id
-        )
-        if not found.steps:
-            # So the server answers for a run that it does not know, too.
-            await self.get_run(run_id)
+        with self.__traffic.hold(run_id) or await self.__traffic.wait_hold(run_id):
+            found = await self.__ask(
+                wire.decode_run_steps, "GET", f"{path}/steps{filters}", run_id=run_id
+            )
+            if not found.steps:
+                # So the server answers for a run that it does not know, too.
+                await self.__run_info(run_id)
         return [wire.step_info(each) for each in found.steps]
 
     def events(
@@ -535,6 +572,18 @@ class ApiExecutor(ABC):
         check_count("since", since, least=0)
         check_flag("include_results", include_results)
         check_flag("include_sub_runs", include_sub_runs)
+        return self.__follow(
+            run_id, since, include_results, include_sub_runs, self.__traffic
+        )
+
+    def __follow(
+        self,
+        run_id: str,
+        since: int = 0,
+        include_results: bool = False,
+        include_sub_runs: bool = False,
+        traffic: FreeTraffic = FREE,
+    ) -> EventFollower:
         parameters = wire.query(
             # The server wants the id again.
             runId=run_id,
@@ -548,6 +597,7 @@ class ApiExecutor(ABC):
             as_server_writes(run_id),
             since,
             lambda: self._is_gone,
+            traffic,
         )
 
     async def delete_run(self, run_id: str) -> None:
@@ -559,9 +609,11 @@ class ApiExecutor(ABC):
         :raises ConflictError: if it is not over
         """
         path = f"/runs/{as_segment('run_id', run_id)}"
-        await self.__ask(
-            wire.decode_nothing, "DELETE", path, repeatable=True, run_id=run_id
-        )
+        with self.__traffic.hold(run_id) or await self.__traffic.wait_hold(run_id):
+            await self.__ask(
+                wire.decode_nothing, "DELETE", path, repeatable=True, run_id=run_id
+            )
+        self.__traffic.fetched(as_server_writes(run_id))
 
     # -- flows ---------------------------------------------------------------------
 
@@ -572,11 +624,12 @@ class ApiExecutor(ABC):
         :raises FlowSyntaxError: if it is not YAML or JSON
         :raises InvalidFlowError: if it holds what JSON cannot carry
         """
-        if isinstance(flow, FlowId):
-            loaded = flows.encode(await self.__document(flow), f"flow {flow}")
-        else:
-            loaded = await self.__load(flow)
-        return await self.__analyse(loaded)
+        with self.__traffic.hold() or await self.__traffic.wait_hold():
+            if isinstance(flow, FlowId):
+                loaded = flows.encode(await self.__document(flow), f"flow {flow}")
+            else:
+                loaded = await self.__load(flow)
+            return await self.__analyse(loaded)
 
     async def store_flow(self, flow: FlowSource) -> FlowId:
         """Store a workflow on the server, unless it is known to be there; return its id.
@@ -584,7 +637,10 @@ class ApiExecutor(ABC):
         :raises FlowDefinitionError: if the workflow cannot be read or is not valid
         :raises ApiError: if the server refuses it for another reason
         """
-        return await self.__store(flow)
+        with self.__traffic.hold() or await self.__traffic.wait_hold():
+            flow_id = await self.__store(flow)
+            self.__traffic.stored(StoredBlob(flow_id, "flow"))
+        return flow_id
 
     async def get_flow_variables(self, flow: FlowSource) -> dict[str, FlowVariable]:
         """Return the variables that a workflow declares, by name. It is stored for that.
@@ -592,7 +648,10 @@ class ApiExecutor(ABC):
         :raises FlowDefinitionError: if the workflow cannot be read or is not valid
         :raises NotFoundError: if there is no flow of this id
         """
-        flow_id = await self.__store(flow)
+        with self.__traffic.hold() or await self.__traffic.wait_hold():
+            return await self.__declared(await self.__store(flow))
+
+    async def __declared(self, flow_id: FlowId) -> dict[str, FlowVariable]:
         path = f"/flows/{as_segment('flow', flow_id)}/variables"
         found = await self.__ask(
             wire.decode_flow_variables, "GET", path, repeatable=True, flow_id=flow_id
@@ -607,9 +666,10 @@ class ApiExecutor(ABC):
         """
         check_flag("include_schemas", include_schemas)
         filters = wire.query(excludeSchemas=None if include_schemas else True)
-        found = await self.__ask(
-            wire.decode_components, "GET", f"/components{filters}", repeatable=True
-        )
+        with self.__traffic.hold() or await self.__traffic.wait_hold():
+            found = await self.__ask(
+                wire.decode_components, "GET", f"/components{filters}", repeatable=True
+            )
         return wire.component_list(found)
 
     # -- blobs and the rest --------------------------------------------------------
@@ -626,6 +686,7 @@ class ApiExecutor(ABC):
         if filename is not None:
             check_text("filename", filename)
         if isinstance(data, bytes | bytearray | memoryview):
+            kind = "binary"
             headers = {"content-type": "application/octet-stream"}
             if filename is not None:
                 headers["x-blob-filename"] = as_header("filename", filename)
@@ -635,18 +696,21 @@ class ApiExecutor(ABC):
                 "data $: the server does not store null: wrap it, [None]", path="$"
             )
         else:
+            kind = "data"
             headers = {}
             value = representable(data, name="data", whole=SIXTY_FOUR_BITS)
             value = numerals.exactly(value)
             body = wire.data_blob_request(wire.encode(value), filename)
-        stored = await self.__ask(
-            wire.decode_stored_blob,
-            "POST",
-            "/blobs",
-            body,
-            headers=headers,
-            repeatable=True,
-        )
+        with self.__traffic.hold() or await self.__traffic.wait_hold():
+            stored = await self.__ask(
+                wire.decode_stored_blob,
+                "POST",
+                "/blobs",
+                body,
+                headers=headers,
+                repeatable=True,
+            )
+            self.__traffic.stored(StoredBlob(stored.blob_id, kind, filename))
         return stored.blob_id
 
     async def get_blob(self, blob_id: str) -> Any:
@@ -655,25 +719,28 @@ class ApiExecutor(ABC):
         :raises NotFoundError: if there is none
         """
         path = f"/blobs/{as_segment('blob_id', blob_id)}"
-        response = await self._request("GET", wire.API + path, repeatable=True)
-        found = await self.__decoded(
-            wire.decode_blob, response, "GET", path, {"blob_id": blob_id}
-        )
-        if found.blob_type != "binary" and not numerals.may_be_misread(response.body):
-            return found.data
-        # As it is stored. As JSON it has no bytes, and its numbers went through the
-        # server's parser once more.
-        response = await self._request(
-            "GET",
-            wire.API + path,
-            headers={"accept": "application/octet-stream"},
-            repeatable=True,
-        )
-        if response.status >= 300:
-            raise refusal(response, "GET", path, {"blob_id": blob_id})
-        if found.blob_type == "binary":
-            return response.body
-        return msgspec.json.decode(response.body)
+        with self.__traffic.hold() or await self.__traffic.wait_hold():
+            response = await self._request("GET", wire.API + path, repeatable=True)
+            found = await self.__decoded(
+                wire.decode_blob, response, "GET", path, {"blob_id": blob_id}
+            )
+            if found.blob_type != "binary" and not numerals.may_be_misread(
+                response.body
+            ):
+                return found.data
+            # As it is stored. As JSON it has no bytes, and its numbers went through the
+            # server's parser once more.
+            response = await self._request(
+                "GET",
+                wire.API + path,
+                headers={"accept": "application/octet-stream"},
+                repeatable=True,
+            )
+            if response.status >= 300:
+                raise refusal(response, "GET", path, {"blob_id": blob_id})
+            if found.blob_type == "binary":
+                return response.body
+            return msgspec.json.decode(response.body)
 
     async def health(self) -> Health:
         """Ask the server how it is.
@@ -681,7 +748,10 @@ class ApiExecutor(ABC):
         :raises ServerError: if an embedded server is not there
         :raises ConnectionLostError: if one elsewhere does not answer
         """
-        found = await self.__ask(wire.decode_health, "GET", "/health", repeatable=True)
+        with self.__traffic.hold() or await self.__traffic.wait_hold():
+            found = await self.__ask(
+                wire.decode_health, "GET", "/health", repeatable=True
+            )
         return wire.health(found)
 
     # -- for subclasses --------------------------------------------------------------
@@ -796,7 +866,7 @@ class ApiExecutor(ABC):
     ) -> Mapping[str, Any]:
         annotated = self.__stored.env_names(flow_id)
         if annotated is None:
-            declared = await self.get_flow_variables(flow_id)
+            declared = await self.__declared(flow_id)
             annotated = {
                 name: each.env_var
                 for name, each in declared.items()
@@ -806,6 +876,12 @@ class ApiExecutor(ABC):
         return {**numerals.exactly(flows.from_environment(annotated)), **(given or {})}
 
     # -- runs, underneath ----------------------------------------------------------
+
+    async def __wait_hold(
+        self, limit: _TimeLimit | _NoTimeLimit, run_id: str | None = None
+    ) -> FreeTraffic | Hold:
+        with limit:
+            return await self.__traffic.wait_hold(run_id)
 
     async def __create(
         self,
@@ -924,12 +1000,15 @@ class ApiExecutor(ABC):
     async def __cancel_what_began(self, response: Response) -> None:
         with suppress(msgspec.DecodeError, UnicodeDecodeError):
             summary = wire.decode_run(response.body).summary
-            if response.status < 300 and not summary.has_ended:
+            if response.status >= 300:
+                return
+            self.__traffic.took(summary.items.total, response.generation)
+            if not summary.has_ended:
                 await self.__cancel_quietly(summary.run_id)
 
     async def __cancel_quietly(self, run_id: str) -> None:
         with suppress(StepflowError), anyio.move_on_after(_CANCEL_PATIENCE):
-            await self.cancel(run_id)
+            await self.__cancel(run_id)  # the drain of a server waits for the crew, too
 
     async def __look(self, run: _OneRun) -> RunInfo:
         found, run.generation = await self.__ask_whom(
@@ -1017,7 +1096,7 @@ class ApiExecutor(ABC):
         ):
             return {}
         attempts: dict[tuple[int, str], int] = {}
-        events = self.events(summary.run_id)
+        events = self.__follow(summary.run_id)
         try:
             async for event in events:
                 if isinstance(event, StepStarted):
@@ -1214,15 +1293,17 @@ def _listed(source: str, verdict: ValidationResult) -> str:
 
 
 class _TimeLimit:
-    """Ends the block after so many seconds.
+    """Ends the block after so many seconds. Of several blocks, one after the other, the first
+    begins them.
 
     :raises RunTimeoutError: if it was ended
     """
 
-    def __init__(self, seconds: float, verdict: str) -> None:
+    def __init__(self, seconds: float, verdict: str, run_id: str | None) -> None:
         check_timeout(seconds)
-        self._run_id: str | None = None
+        self._run_id = run_id
         self._seconds = seconds
+        self._deadline: float | None = None
         self._verdict = verdict
 
     def concerns(self, run_id: str) -> None:
@@ -1230,7 +1311,9 @@ class _TimeLimit:
         self._run_id = run_id
 
     def __enter__(self) -> Self:
-        self._scope = anyio.move_on_after(self._seconds)
+        if self._deadline is None:
+            self._deadline = anyio.current_time() + self._seconds
+        self._scope = anyio.CancelScope(deadline=self._deadline)
         self._scope.__enter__()
         return self
 
@@ -1266,6 +1349,8 @@ _UNLIMITED: Final = _NoTimeLimit()
 
 
 def _time_limit(
-    seconds: float | None, verdict: str = "is being cancelled on the server"
+    seconds: float | None,
+    verdict: str = "is being cancelled on the server",
+    run_id: str | None = None,
 ) -> _TimeLimit | _NoTimeLimit:
-    return _UNLIMITED if seconds is None else _TimeLimit(seconds, verdict)
+    return _UNLIMITED if seconds is None else _TimeLimit(seconds, verdict, run_id)

@@ -151,6 +151,10 @@ class Crew:
         jobs = (*self._doing, *self._waiting)
         return any(job.kind is not Kind.CALL for job in jobs)
 
+    async def wait_errands_done(self) -> None:
+        """Wait until nothing is left to do that somebody has left behind."""
+        await self._changed.wait_until(lambda: not self._is_on_errands())
+
     def send(
         self, function: Callable[[], Awaitable[T]], kind: Kind = Kind.CALL
     ) -> Job[T] | None:
@@ -239,6 +243,9 @@ class Crew:
         await self.settle(_LAST_ERRANDS)
         then()
         self.dismiss()
+
+    def _is_on_errands(self) -> bool:
+        return any(job.kind is Kind.ERRAND for job in (*self._doing, *self._waiting))
 
     def _stop_parts(self) -> None:
         for job in (*self._waiting, *self._doing):

@@ -16,9 +16,10 @@ import anyio
 import msgspec
 
 from . import wire
-from .errors import ConnectionLostError, UnsupportedServerError
+from .errors import ConnectionLostError, StepflowError, UnsupportedServerError
 from .events import RunCompleted, RunEvent
 from .executor import RunInfo
+from .traffic import FREE, FreeTraffic, Hold
 from .transport import Stream
 
 __all__ = ["EventFollower"]
@@ -37,6 +38,8 @@ class EventFollower(AsyncIterator[RunEvent]):
     :param connect: opens the stream from a sequence number on
     :param look: tells how the run stands
     :param is_closed: whether there is no way any more by which to connect
+    :param traffic: of the server, which is held from the first event that is asked for to
+        the last one, however many connections that takes
     """
 
     def __init__(
@@ -46,7 +49,10 @@ class EventFollower(AsyncIterator[RunEvent]):
         run_id: str,
         since: int,
         is_closed: Callable[[], bool] = bool,
+        traffic: FreeTraffic = FREE,
     ) -> None:
+        self._traffic = traffic
+        self._holding = _Holding()
         self._is_closed = is_closed
         self._is_reading = False
         self._connect = connect
@@ -60,6 +66,7 @@ class EventFollower(AsyncIterator[RunEvent]):
         self._was_over = False
         self._is_over = False
         weakref.finalize(self, self._lines.close).atexit = False
+        weakref.finalize(self, self._holding.release).atexit = False
 
     def __aiter__(self) -> Self:
         return self
@@ -73,7 +80,15 @@ class EventFollower(AsyncIterator[RunEvent]):
             raise anyio.BusyResourceError("reading from")
         self._is_reading = True
         try:
+            if not (self._is_over or self._holding.is_held):
+                self._holding.take(
+                    self._traffic.hold(self._run_id)
+                    or await self._traffic.wait_hold(self._run_id)
+                )
             return await self._next()
+        except (StepflowError, StopAsyncIteration):
+            self._holding.release()
+            raise
         finally:
             self._is_reading = False
 
@@ -107,6 +122,7 @@ class EventFollower(AsyncIterator[RunEvent]):
         """Close the connection, and yield no more; from any thread."""
         self._is_over = True
         self._lines.close()
+        self._holding.release()
 
     async def aclose(self) -> None:
         self.close()
@@ -160,6 +176,27 @@ class EventFollower(AsyncIterator[RunEvent]):
         if is_over and self._was_over:
             self.close()
         self._was_over = is_over
+
+
+class _Holding:
+    """The hold on the server. Apart from the follower, which it must not keep alive."""
+
+    def __init__(self) -> None:
+        self._hold: FreeTraffic | Hold | None = None
+
+    @property
+    def is_held(self) -> bool:
+        return self._hold is not None
+
+    def take(self, hold: FreeTraffic | Hold) -> None:
+        if isinstance(hold, Hold):
+            hold.loop = None  # a follower may be read in another one after that
+        self._hold = hold
+
+    def release(self) -> None:
+        hold, self._hold = self._hold, None
+        if hold is not None:
+            hold.release()
 
 
 class _Lines:

@@ -89,7 +89,7 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
         self._supervisor = Supervisor(
             options, self._crew, on_stopping=self._transports.close
         )
-        super().__init__(self._crew)
+        super().__init__(self._crew, self._supervisor.traffic)
         self._owner = os.getpid()
         self._lock = threading.Lock()
         self._portal: Portal | None = None
@@ -112,6 +112,8 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
         health_interval: float = 5.0,
         health_timeout: float = 5.0,
         max_health_failures: int = 3,
+        recycle_after_runs: int | None = None,
+        recycle_above_memory: int | None = None,
         on_crash: Callable[[int], Any] | None = None,
         handle_signals: bool = True,
         binary: str | os.PathLike[str] | None = None,
@@ -143,6 +145,15 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
         :param health_timeout: seconds that the server has to answer one
         :param max_health_failures: how many may fail in a row before the server counts as
             hung, and is killed
+        :param recycle_after_runs: after how many runs (a batch counts its items) the server
+            is replaced by a fresh one, on the same port; ``None``: never. Its in-memory
+            store never gives memory back. It happens when no call and no run is under way,
+            and, with an in-memory store, the result of each submitted run was fetched;
+            calls that come meanwhile wait. What ``put_blob`` and ``store_flow`` stored is
+            taken along. Whatever the restart policy; it does not count as a restart
+        :param recycle_above_memory: likewise, when its resident memory has come above so
+            many bytes (and twice what it had at first); looked at every
+            ``health_interval``
         :param on_crash: called with the exit code (negative: the signal) when the server
             ended unasked, in a thread. What it returns is awaited if it can be: in the loop
             that the runtime was entered in, or, if that has a background thread, in an
@@ -172,6 +183,8 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
                     "health_interval": health_interval,
                     "health_timeout": health_timeout,
                     "max_health_failures": max_health_failures,
+                    "recycle_after_runs": recycle_after_runs,
+                    "recycle_above_memory": recycle_above_memory,
                     "on_crash": on_crash,
                     "handle_signals": handle_signals,
                     "binary": binary,
@@ -386,7 +399,7 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
 
     @property
     def port(self) -> int:
-        """The server's port. It stays the same over restarts.
+        """The server's port. It stays the same over restarts and recycles.
 
         :raises RuntimeStoppedError: if the server was never READY
         """
@@ -412,8 +425,13 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
 
     @property
     def restarts(self) -> int:
-        """How many times the server was restarted."""
+        """How many times the server was restarted after it had ended unasked."""
         return self._supervisor.journal.now.restarts
+
+    @property
+    def recycles(self) -> int:
+        """How many times the server was replaced by a fresh one, because it was due."""
+        return self._supervisor.journal.now.recycles
 
     @property
     def last_exit(self) -> ServerExit | None:

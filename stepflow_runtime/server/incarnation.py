@@ -1,7 +1,7 @@
 """One incarnation of the server: a process, its two pumps, its start-up, its health.
 
 Contract: :meth:`Incarnation.live` returns when the process is gone, with everything it
-wrote taken in; and when it is cancelled, the process is stopped first. Its tasks are
+wrote taken in; when it is retired, or cancelled, the process is stopped first. Its tasks are
 children of one task group: the process task, a pump for each pipe, the health monitor.
 The process task owns the process; the pumps are shielded and outlive it, since the last
 lines of a dying server are the ones that matter, until the pipes end or a deadline.
@@ -70,6 +70,7 @@ class Incarnation:
         self._grace_now = grace
         self._on_ready = on_ready
         self._on_lost = on_lost
+        self._service = anyio.CancelScope()
         self._spawned = anyio.Event()
         self._ended = anyio.Event()
         self._gone = anyio.Event()
@@ -117,6 +118,10 @@ class Incarnation:
             )
         return exit
 
+    def retire(self) -> None:
+        """Have the process stopped, soon; :meth:`live` then returns."""
+        self._service.cancel()
+
     def kill_session(self) -> None:
         """Kill the process and its session, from any thread. Blocks until they are dead."""
         if self._process is not None:
@@ -162,10 +167,11 @@ class Incarnation:
             self._spawned.set()
             # In the shadow of the server's own start.
             await process.get_ready_to_end()
-            await process.wait_exit()
-            self._ended.set()
-            self._note_end()
-            self._on_lost()
+            with self._service:
+                await process.wait_exit()
+                self._ended.set()
+                self._note_end()
+                self._on_lost()
         finally:
             self._note_end()
             try:

@@ -13,10 +13,13 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, Self, TypedDict
+from typing import TYPE_CHECKING, Any, Final, Self, TypedDict
 
 from ..logs.config import LogConfig
 from .restart import RestartPolicy
+
+if TYPE_CHECKING:
+    from .recycling import Limits
 
 __all__ = ["Command", "ServerOptions", "StartOptions", "check_seconds"]
 
@@ -69,6 +72,8 @@ class StartOptions(TypedDict, total=False):
     health_interval: float
     health_timeout: float
     max_health_failures: int
+    recycle_after_runs: int | None
+    recycle_above_memory: int | None
     on_crash: Callable[[int], Any] | None
     handle_signals: bool
     binary: str | os.PathLike[str] | None
@@ -97,6 +102,8 @@ class ServerOptions:
     health_interval: float = 5.0
     health_timeout: float = 5.0
     max_health_failures: int = 3
+    recycle_after_runs: int | None = None
+    recycle_above_memory: int | None = None
     on_crash: Callable[[int], Any] | None = None
     handle_signals: bool = True
     binary: str | os.PathLike[str] | None = None
@@ -129,6 +136,10 @@ class ServerOptions:
         check_seconds("health_interval", self.health_interval)
         check_seconds("health_timeout", self.health_timeout)
         _check_whole("max_health_failures", self.max_health_failures, 1)
+        if self.recycle_after_runs is not None:
+            _check_whole("recycle_after_runs", self.recycle_after_runs, 1)
+        if self.recycle_above_memory is not None:
+            _check_whole("recycle_above_memory", self.recycle_above_memory, 1)
         if self.on_crash is not None and not callable(self.on_crash):
             raise TypeError(
                 f"on_crash must be a function or None, not {self.on_crash!r}"
@@ -178,6 +189,14 @@ class ServerOptions:
         return not isinstance(config, Mapping) or _is_durable(
             config.get("storageConfig")
         )
+
+    def limits(self) -> Limits | None:
+        """When the server is to be recycled; None if it never is."""
+        if self.recycle_after_runs is self.recycle_above_memory is None:
+            return None
+        from .recycling import Limits  # most programs do without
+
+        return Limits(runs=self.recycle_after_runs, memory=self.recycle_above_memory)
 
     def describe_config(self) -> str:
         """Where the configuration comes from, for messages."""

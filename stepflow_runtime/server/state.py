@@ -28,7 +28,7 @@ class RuntimeState(enum.Enum):
     STARTING = "starting"
     READY = "ready"
     RESTARTING = "restarting"
-    """The server ended unasked, and a new one is on its way."""
+    """The server ended unasked, or is being recycled; a new one is on its way."""
     STOPPING = "stopping"
     STOPPED = "stopped"
     FAILED = "failed"
@@ -48,7 +48,9 @@ class StateChange:
     :ivar at: when it was entered, an aware datetime in UTC
     :ivar pid: the process id of the server, or None while there is none
     :ivar port: the server's port, or None if it never was READY
-    :ivar restarts: how many times the server was restarted
+    :ivar restarts: how many times the server was restarted after it had ended unasked
+    :ivar recycles: how many times it was replaced by a fresh one, by ``recycle_after_runs``
+        or ``recycle_above_memory``
     :ivar last_exit: how the server last ended unasked, or None
     """
 
@@ -57,6 +59,7 @@ class StateChange:
     pid: int | None = None
     port: int | None = None
     restarts: int = 0
+    recycles: int = 0
     last_exit: ServerExit | None = field(default=None, repr=False)
 
 

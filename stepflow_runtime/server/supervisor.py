@@ -21,7 +21,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 import anyio.lowlevel
@@ -41,6 +41,7 @@ from ..logs.own import report
 from ..logs.sinks import LogHub
 from ..loops import current_loop, has_ended
 from ..threads import run_abandonable, run_blocking
+from ..traffic import FREE, FreeTraffic, Traffic
 from . import keeper, restart
 from .binary import find_binary
 from .diagnosis import last_words
@@ -49,6 +50,9 @@ from .incarnation import Incarnation
 from .options import Command, ServerOptions
 from .process import LONGEST_KILL, ServerExit
 from .state import Journal, RuntimeState
+
+if TYPE_CHECKING:
+    from .recycling import Life, Recycler
 
 __all__ = ["Ready", "Supervisor"]
 
@@ -86,6 +90,7 @@ class Supervisor:
 
     :param crew: works as a task of the supervisor's
     :param on_stopping: called when no call may begin any more, before the server is ended
+    :ivar traffic: to be told of the calls, if the server is to be recycled
     """
 
     def __init__(
@@ -101,7 +106,18 @@ class Supervisor:
         self._crew = crew
         self._on_stopping = on_stopping
         self._orchestrator_id = f"stepflow-runtime-{uuid.uuid4()}"
+        self._recycler: Recycler | None = None
+        self.traffic: FreeTraffic = FREE
+        if (limits := options.limits()) is not None:
+            from .recycling import Recycler
+
+            self.traffic = traffic = Traffic()
+            self._recycler = Recycler(
+                limits, self, traffic, crew, options.health_interval
+            )
         self._incarnations = 0
+        self._retired = -1  # the last life that was asked to end; none yet
+        self._last_end: ServerExit | None = None
         self._incarnation: Incarnation | None = None
         self._ready: Ready | None = None
         self._failure: Callable[[], ServerError] | None = None
@@ -246,6 +262,7 @@ class Supervisor:
             self._ready = None
             self.journal.enter(RuntimeState.STOPPING)
         self._on_stopping()
+        self.traffic.open()
 
     async def wait_ready(self) -> Ready:
         """Wait until the server is READY, and tell where.
@@ -292,16 +309,50 @@ class Supervisor:
         await self.journal.wait_until(
             lambda: self._is_decided() or self.state is not RuntimeState.READY
         )
+        if incarnation <= self._retired:
+            await self.journal.wait_until(self._is_decided)
         await anyio.lowlevel.checkpoint()  # as in wait_ready
         if (refusal := self._refusal()) is not None:
             return refusal
-        last_exit = self.journal.now.last_exit
-        assert last_exit is not None
+        last_end = self._last_end
+        assert last_end is not None
         return RunLostError(
-            f"the Stepflow server {last_exit} while this call was under way; its "
+            f"the Stepflow server {last_end} while this call was under way; its "
             "in-memory store died with it, and the run too. The server is being restarted.",
-            exit=last_exit,
+            exit=last_end,
         )
+
+    # -- what a recycler needs -------------------------------------------------------
+
+    async def wait_life(self, after: int) -> Life:
+        """Wait until a life later than that incarnation is READY."""
+        from .recycling import Life
+
+        while (ready := self.ready) is None or ready.incarnation <= after:
+            await self.journal.wait_until(lambda: self._is_later(after))
+        pid = self.journal.now.pid
+        assert pid is not None
+        return Life(ready.incarnation, pid, ready.port)
+
+    async def wait_life_over(self, incarnation: int) -> None:
+        """Wait until that life is not READY any more."""
+        await self.journal.wait_until(lambda: not self._serves(incarnation))
+
+    def replace(self, incarnation: int) -> bool:
+        """Have it ended, and another one started; False if it is not READY any more."""
+        server = self._incarnation
+        if self._stop_within is not None or not self._serves(incarnation) or not server:
+            return False
+        self._ready = None
+        self._retired = incarnation
+        self.journal.enter(
+            RuntimeState.RESTARTING, pid=None, recycles=self.journal.now.recycles + 1
+        )
+        server.retire()
+        return True
+
+    def _is_later(self, incarnation: int) -> bool:
+        return self.ready is not None and self.ready.incarnation > incarnation
 
     # -- the restart loop ----------------------------------------------------------
 
@@ -310,7 +361,10 @@ class Supervisor:
         try:
             with anyio.CancelScope() as life:
                 tasks.start_soon(self._heed_stop, life)
-                await self._supervise(tasks)
+                async with quiet_task_group() as care:
+                    if self._recycler is not None:
+                        care.start_soon(self._recycler.work)
+                    await self._supervise(tasks)
         finally:
             self.stop_serving()
             try:
@@ -352,10 +406,17 @@ class Supervisor:
             self._fail(partial(_again, exc))
             return
         series = 0
+        uptime = 0.0  # since the last crash
         while True:
+            self._last_end = exit
+            uptime += exit.uptime
+            if self._retired == self._incarnations:
+                exit = await self._renew(binary)
+                continue
             self._take_note_of(exit, tasks)
-            if exit.uptime >= restart.FRESH_AFTER:
+            if uptime >= restart.FRESH_AFTER:
                 series = 0
+            uptime = 0.0
             decision = restart.decide(
                 self._options.restart_policy,
                 exit_code=exit.code,
@@ -384,6 +445,8 @@ class Supervisor:
             binary = find_binary(options.binary, os.environ)
             self._open_logs()
             self._guard.engage()
+            if isinstance(self.traffic, Traffic):
+                self.traffic.keeps_results = not options.may_keep_runs()
             return options, binary
 
         try:
@@ -440,6 +503,16 @@ class Supervisor:
         except ServerStartError as exc:
             self._launch_trouble = str(exc)
             return exc.exit or ServerExit(code=_NOT_EXECUTED, pid=0)
+
+    async def _renew(self, binary: Path) -> ServerExit:
+        """The same after a recycle, of which the message of a failed launch tells."""
+        exit = await self._reincarnate(binary)
+        if self._launch_trouble:
+            self._launch_trouble = (
+                "It was being recycled: the old one was stopped in good order, and this, the "
+                f"fresh one, did not start. {self._launch_trouble}"
+            )
+        return exit
 
     def _take_note_of(self, exit: ServerExit, tasks: TaskGroup) -> None:
         if self._launch_trouble:

@@ -110,6 +110,8 @@ class DirectTransport:
                 if not (exchange.was_in_vain and (exc.unsent or method == "GET")):
                     raise
                 # The next connection is a younger one, or new.
+            except GeneratorExit:  # the loop was closed around it: there is none to ask
+                raise
             except anyio.get_cancelled_exc_class():
                 if heir is not None and exchange.is_sent:
                     self._leave_to(heir, exchange)
