@@ -2,7 +2,7 @@
 
 The hot path of calls to an embedded server. Contract: a connection carries one request at
 a time and goes back to the pool only after a whole answer that allows it; after anything
-else, cancellation included, it is closed. Nothing of the environment is read, proxies
+else, a stream or a cancellation included, it is closed. Nothing of the environment is read, proxies
 least of all. A kept connection that the server has closed in the meantime is found out
 before it is used. Should that miss, a request is sent a second time only if not a byte of
 an answer came and sending it twice does no harm: it was not sent at all, or is a GET.
@@ -19,7 +19,7 @@ import os
 import socket
 import sys
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any, Final, Self
@@ -30,7 +30,6 @@ import anyio.lowlevel
 from ..crew import Crew, Kind
 from ..errors import ConnectionLostError
 from ..forks import forget_in_child
-from ..groups import quiet_task_group
 from ..loops import Slot, Slots, current_loop, has_ended
 from . import NO_HEADERS, Heir, Response
 from .http1 import AnswerReader, RequestWriter, authority
@@ -121,14 +120,17 @@ class DirectTransport:
                     exchange.close()
 
     async def stream(self, path: str) -> _Exchange:
-        exchange = await self._begin(self._write("GET", path, None, _EVENT_STREAM))
-        exchange.is_stream = True
-        try:
-            await exchange.read_head()
-        except BaseException:
-            exchange.close()
-            raise
-        return exchange
+        message = self._write("GET", path, None, _EVENT_STREAM)
+        while True:
+            exchange = await self._begin(message)
+            exchange.is_stream = True
+            try:
+                await exchange.read_head()
+                return exchange
+            except BaseException as exc:
+                exchange.close()
+                if not (isinstance(exc, ConnectionLostError) and exchange.was_in_vain):
+                    raise
 
     async def _begin(self, message: list[bytes]) -> _Exchange:
         """Take a connection; the exchange is to be closed."""
@@ -275,6 +277,7 @@ class _Exchange:
     ) -> None:
         self.slot = slot
         self.is_inherited = False
+        # Then who reads it and who closes it are two: neither knows when the other is done.
         self.is_stream = False
         # Whether a connection that was used before brought nothing any more.
         self.was_in_vain = False
@@ -345,7 +348,9 @@ class _Exchange:
         connection, self._connection = self._connection, None
         if connection is not None:
             reusable = self._answer.is_reusable and not self._unsent
-            self._transport.take_back(connection, reusable=reusable)
+            self._transport.take_back(
+                connection, reusable=reusable and not self.is_stream
+            )
             self.slot.release()
 
     def _close_if_asked(self) -> None:
@@ -414,15 +419,15 @@ class _Exchange:
 async def _wait_for_room(connection: _Connection) -> None:
     """Wait until more can be sent, or something comes that was not to come yet."""
 
-    async def hear() -> None:
-        with suppress(OSError, ValueError):  # the other one will see it, too
-            await anyio.wait_readable(connection.socket)
+    async def wait_and_end(wait: Callable[[socket.socket], Awaitable[None]]) -> None:
+        # Whoever uses it next will see what is wrong with it.
+        with suppress(OSError, ValueError):
+            await wait(connection.socket)
         tasks.cancel_scope.cancel()
 
-    async with quiet_task_group() as tasks:
-        tasks.start_soon(hear)
-        await anyio.wait_writable(connection.socket)
-        tasks.cancel_scope.cancel()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(wait_and_end, anyio.wait_readable)
+        await wait_and_end(anyio.wait_writable)
 
 
 class _Connection:

@@ -27,7 +27,13 @@ LONGEST_BODY: Final = 1024 * 1024 * 1024
 # To send two pieces costs more than to copy so many bytes.
 _WORTH_A_COPY: Final = 64 * 1024
 
+# So many pieces of a body are made one: each by itself takes far more than its bytes.
+_MANY_PIECES: Final = 1024
+
 _VERSIONS: Final = frozenset({"1.0", "1.1"})
+
+# These end with their heads, whatever they announce.
+_WITHOUT_BODY: Final = frozenset({204, 304})
 
 _DEFAULTS: Final = {"accept": "application/json", "content-type": "application/json"}
 
@@ -45,6 +51,7 @@ class AnswerReader:
     def __init__(self, longest_body: int = LONGEST_BODY) -> None:
         self._parser = httptools.HttpResponseParser(self)
         self._longest_body = longest_body
+        self._refusal: ConnectionLostError | None = None
         self.begin()
 
     def begin(self) -> None:
@@ -56,9 +63,10 @@ class AnswerReader:
         self.status = 0
         self._content_type = b""
         self._body: list[bytes] = []
+        self._joined = 0
         self._length: int | None = None
         self._is_chunked = False
-        self._received = 0
+        self._received = self._taken = 0
         self._barren = 0
 
     @property
@@ -82,10 +90,11 @@ class AnswerReader:
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as exc:
-            if not self.is_complete:
-                raise _refused(exc) from exc
-            # It was whole, and nobody asked for what follows.
             self.is_reusable = False
+            refusal = self._refusal or _not_http(exc)
+            if not self.is_complete:
+                raise refusal from exc
+            # It was whole, and nobody asked for what follows.
         if not self.is_complete:
             self._check_size(len(data), received)
 
@@ -110,23 +119,31 @@ class AnswerReader:
         else:
             whole = b"".join(body)
         self._body = []
+        self._joined = 0
+        self._taken = self._received
         return whole
 
     def _check_size(self, size: int, received_before: int) -> None:
         if self._received > received_before:
             self._barren = 0
-            if self._received > self._longest_body:
-                raise _too_long("body", self._longest_body)
+            if len(self._body) - self._joined > _MANY_PIECES:
+                self._body[self._joined :] = [b"".join(self._body[self._joined :])]
+                self._joined += 1
         else:
             self._barren += size
             if self._barren > LONGEST_HEAD:
-                raise _too_long("head", LONGEST_HEAD)
+                raise ConnectionLostError(_too_long("head", LONGEST_HEAD))
+
+    def _refuse(self, reason: str) -> ConnectionLostError:
+        """To be raised in a callback: the parser's own error need not lead to it."""
+        self._refusal = ConnectionLostError(reason)
+        return self._refusal
 
     # -- what the parser tells -------------------------------------------------------
 
     def on_message_begin(self) -> None:
         if self.is_complete:
-            raise _Excess
+            raise self._refuse("something follows an answer")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self.has_head:
@@ -137,23 +154,29 @@ class AnswerReader:
         elif name == b"content-length":
             self._length = int(value)
         elif name == b"transfer-encoding":
+            if self._is_chunked or value.strip().lower() != b"chunked":
+                raise self._refuse(_ambiguous("an encoding that was not asked for"))
             self._is_chunked = True
-            if value.strip().lower() != b"chunked":
-                raise _Ambiguous("an encoding that was not asked for")
 
     def on_headers_complete(self) -> None:
         parser = self._parser
         self.status = status = parser.get_status_code()
+        version = parser.get_http_version()
         if status < 100 or status == 101:
-            raise _Ambiguous(f"the status {status}")
-        if parser.get_http_version() not in _VERSIONS:
-            raise _Ambiguous(f"HTTP {parser.get_http_version()}")
-        if self._length is not None and self._length > self._longest_body:
-            raise _too_long("body", self._longest_body)
+            raise self._refuse(_ambiguous(f"the status {status}"))
+        if version not in _VERSIONS or (self._is_chunked and version == "1.0"):
+            raise self._refuse(_ambiguous(f"HTTP {version}"))
+        if status < 200 or status in _WITHOUT_BODY:
+            if self._length or self._is_chunked:
+                raise self._refuse(_ambiguous(f"a body with the status {status}"))
+        elif self._length is not None and self._length > self._longest_body:
+            raise self._refuse(_too_long("body", self._longest_body))
         self.has_head = status >= 200
 
     def on_body(self, body: bytes) -> None:
         self._received += len(body)
+        if self._received - self._taken > self._longest_body:
+            raise self._refuse(_too_long("body", self._longest_body))
         self._body.append(body)
 
     def on_message_complete(self) -> None:
@@ -167,28 +190,21 @@ class AnswerReader:
             self._barren = barren
 
 
-class _Excess(Exception):
-    """Something follows an answer."""
+def _not_http(exc: Exception) -> ConnectionLostError:
+    reason = exc.__context__
+    if isinstance(exc, httptools.HttpParserCallbackError) and not isinstance(
+        reason, Exception | None
+    ):
+        raise reason  # Ctrl-C, in the middle of a callback
+    return ConnectionLostError(_ambiguous(exc))
 
 
-class _Ambiguous(Exception):
-    """An answer that others may read in another way."""
+def _ambiguous(reason: object) -> str:
+    return f"what answers on the server's port does not speak HTTP: {reason}"
 
 
-def _refused(exc: Exception) -> ConnectionLostError:
-    # What a callback raised comes as the parser's error, with the real one as its context.
-    reason = exc.__context__ or exc
-    if isinstance(reason, ConnectionLostError):
-        return reason
-    return ConnectionLostError(
-        f"what answers on the server's port does not speak HTTP: {reason}"
-    )
-
-
-def _too_long(what: str, limit: int) -> ConnectionLostError:
-    return ConnectionLostError(
-        f"the {what} of the server's answer is longer than {limit} bytes"
-    )
+def _too_long(what: str, limit: int) -> str:
+    return f"the {what} of the server's answer is longer than {limit} bytes"
 
 
 class RequestWriter:

@@ -68,8 +68,9 @@ class Hub:
 
         :raises ValueError: if the hub is closed
         """
-        member.waiter = waiter = self.loop.create_future()
         self._enter(member)
+        # Not before: another loop's hub, which it was with, might have set the result.
+        member.waiter = waiter = self.loop.create_future()
         try:
             await waiter
         finally:
@@ -79,9 +80,10 @@ class Hub:
     def forget(self, member: Member) -> None:
         """Watch it no more; to be called before it is closed. From any thread."""
         number = member.fileno()
-        member.hub = None
+        if member.hub is self:
+            member.hub = None
         if self._members.get(number) is member:
-            del self._members[number]
+            self._members.pop(number, None)
             with suppress(OSError, ValueError):
                 self._epoll.unregister(number)
 
@@ -124,6 +126,8 @@ class Hub:
             if member is None:
                 continue  # forgotten by another thread in this moment
             waiter = member.waiter
+            if member.hub is not self:
+                continue  # taken by another loop in this moment, waiter and all
             if waiter is None:
                 # It came without being asked for, the end mostly: whoever wants to use
                 # this one next will see it.
