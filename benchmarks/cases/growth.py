@@ -125,6 +125,10 @@ def _sides(runs: int) -> dict[str, tuple[Callable[[], Any], int]]:
     """How each is entered, and how many runs it makes: a database is slow."""
     return {
         "ours, in memory": (_our_server, runs),
+        "ours, recycled": (
+            partial(_our_server, recycle_after_runs=max(runs // 5, 1)),
+            runs,
+        ),
         "ours, sqlite": (_our_sqlite, runs // 20),
         "official": (_theirs, runs),
         "limit": (_raw_server, runs),

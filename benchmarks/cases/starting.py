@@ -74,7 +74,7 @@ async def main():
     )
     while not server.stdout.readline().startswith(b'{{"port"'):
         pass
-    server.terminate()
+    server.kill()  # a SIGTERM at this moment can be lost
     server.wait()
 
 anyio.run(main, backend={backend!r})
