@@ -33,6 +33,7 @@ from stepflow_runtime.crew import Crew
 from stepflow_runtime.loops import current_loop
 from stepflow_runtime.transport import Response
 from stepflow_runtime.transport.direct import DirectTransport
+from stepflow_runtime.transport.http1 import AnswerReader
 from stepflow_runtime.transport.hub import Hub, can_have_hub
 
 from .conftest import ASYNCIO, TRIO, open_descriptors, wait_until
@@ -1142,3 +1143,29 @@ async def test_an_heir_of_a_mad_server_harms_nobody() -> None:
         assert crew._thread is not None
         await anyio.to_thread.run_sync(crew._thread.join)
         assert inherited[200] > 0
+
+
+@pytest.mark.anyio
+async def test_whatever_goes_wrong_in_reading_reaches_who_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On asyncio it is read in a callback, where nobody would hear of it."""
+
+    def fail(self: AnswerReader, data: bytes) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(AnswerReader, "feed", fail)
+    async with await anyio.create_tcp_listener(local_host="127.0.0.1") as listener:
+
+        async def answer(stream: anyio.abc.SocketStream) -> None:
+            async with stream:
+                await stream.send(b"HTTP/1.1 200 OK\r\n\r\n")
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(listener.serve, answer)
+            port = listener.extra(anyio.abc.SocketAttribute.local_port)
+            transport = DirectTransport(port)
+            with anyio.fail_after(10), pytest.raises(MemoryError):
+                await transport.request("GET", "/")
+            await transport.aclose()
+            tasks.cancel_scope.cancel()

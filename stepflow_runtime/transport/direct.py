@@ -490,7 +490,7 @@ class _Connection:
         """For the hub: read, and tell whether that was all that will come."""
         try:
             self.receive()
-        except (OSError, ConnectionLostError) as exc:
+        except Exception as exc:  # noqa: BLE001 - raised where it is waited for
             self.trouble = exc
             return True
         return self.answer.is_complete
