@@ -47,7 +47,6 @@ from .server.process import ServerExit
 from .server.restart import RestartPolicy
 from .server.state import RuntimeState, StateChange
 from .server.supervisor import Ready, Supervisor
-from .threads import run_blocking
 from .transport import NO_HEADERS, Heir, Response, Stream
 from .transport.direct import LOOPBACK, DirectTransport
 
@@ -114,6 +113,9 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
         max_health_failures: int = 3,
         recycle_after_runs: int | None = None,
         recycle_above_memory: int | None = None,
+        storage: str | os.PathLike[str] | None = None,
+        lease: Sequence[str] | None = None,
+        orchestrator_id: str | None = None,
         on_crash: Callable[[int], Any] | None = None,
         handle_signals: bool = True,
         binary: str | os.PathLike[str] | None = None,
@@ -154,6 +156,19 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
         :param recycle_above_memory: likewise, when its resident memory has come above so
             many bytes (and twice what it had at first); looked at every
             ``health_interval``
+        :param storage: where runs are kept: the path of an sqlite file, which is made if it
+            is not there, for nobody but this user to read; or the URL of a PostgreSQL
+            database, if ``binary`` can use one. ``None``: what the configuration says, or
+            else in memory. Kept runs survive crashes: a call that waits for one goes on
+            waiting while the server is restarted, and another runtime with this storage
+            goes on with what it finds unfinished (:attr:`recovered_runs`). One runtime at a
+            time can have a file, unless there is a ``lease``
+        :param lease: the endpoints of an etcd, ``["http://127.0.0.1:2379"]``, by which
+            several runtimes, or other servers, share one ``storage``: when one of them is
+            lost, the others go on with its runs
+        :param orchestrator_id: as whom the server has its runs. ``None``: as the one that
+            has the store's unfinished runs, or else one made of its path; with a
+            ``lease``, as one of its own
         :param on_crash: called with the exit code (negative: the signal) when the server
             ended unasked, in a thread. What it returns is awaited if it can be: in the loop
             that the runtime was entered in, or, if that has a background thread, in an
@@ -185,6 +200,9 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
                     "max_health_failures": max_health_failures,
                     "recycle_after_runs": recycle_after_runs,
                     "recycle_above_memory": recycle_above_memory,
+                    "storage": storage,
+                    "lease": lease,
+                    "orchestrator_id": orchestrator_id,
                     "on_crash": on_crash,
                     "handle_signals": handle_signals,
                     "binary": binary,
@@ -233,7 +251,7 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
         if not self._may_stop(timeout):
             return
         try:
-            if self._crew.has_errands and self._options.may_keep_runs():
+            if self._crew.has_errands and self._supervisor.keeping.may_outlive:
                 self._crew.block_until_settled(self._time_for_errands(timeout))
             if self._portal is not None:
                 self._portal.close(timeout)
@@ -434,6 +452,16 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
         return self._supervisor.journal.now.recycles
 
     @property
+    def recovered_runs(self) -> tuple[str, ...]:
+        """The ids of the runs that were unfinished in the store when this runtime took it.
+
+        The oldest first. The server goes on with them by itself; :meth:`get_result` and
+        :meth:`get_batch` wait for them. Known when the server is READY; empty for a store
+        that is in memory, shared by a ``lease``, or not a file of sqlite.
+        """
+        return self._supervisor.store.recovered
+
+    @property
     def last_exit(self) -> ServerExit | None:
         """How the server last ended unasked, or None if it never did."""
         return self._supervisor.journal.now.last_exit
@@ -545,10 +573,9 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
 
         Bounded, and shielded: it is a part of the end.
         """
-        if self._crew.has_errands:
+        if self._crew.has_errands and self._supervisor.keeping.may_outlive:
             with anyio.CancelScope(shield=True):
-                if await run_blocking(self._options.may_keep_runs):
-                    await self._crew.settle(self._time_for_errands(timeout))
+                await self._crew.settle(self._time_for_errands(timeout))
 
     def _time_for_errands(self, timeout: float | None) -> float:
         grace = self._options.shutdown_timeout if timeout is None else timeout

@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, TypedDict
 
+from ..errors import ServerStartError
 from ..logs.config import LogConfig
 from .restart import RestartPolicy
+from .storage import Keeping, Storage, check_lease, merged
 
 if TYPE_CHECKING:
     from .recycling import Limits
@@ -51,11 +53,13 @@ class Command:
     :ivar argv: the arguments, without the binary
     :ivar env: the whole environment
     :ivar stdin: what the server reads from its standard input, or None for nothing
+    :ivar keep_fds: descriptors that it is to inherit
     """
 
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(repr=False)
     stdin: bytes | None = field(repr=False)
+    keep_fds: tuple[int, ...] = ()
 
 
 class StartOptions(TypedDict, total=False):
@@ -74,6 +78,9 @@ class StartOptions(TypedDict, total=False):
     max_health_failures: int
     recycle_after_runs: int | None
     recycle_above_memory: int | None
+    storage: str | os.PathLike[str] | None
+    lease: Sequence[str] | None
+    orchestrator_id: str | None
     on_crash: Callable[[int], Any] | None
     handle_signals: bool
     binary: str | os.PathLike[str] | None
@@ -104,6 +111,10 @@ class ServerOptions:
     max_health_failures: int = 3
     recycle_after_runs: int | None = None
     recycle_above_memory: int | None = None
+    # A database's URL can hold a password.
+    storage: str | os.PathLike[str] | None = field(default=None, repr=False)
+    lease: Sequence[str] | None = None
+    orchestrator_id: str | None = None
     on_crash: Callable[[int], Any] | None = None
     handle_signals: bool = True
     binary: str | os.PathLike[str] | None = None
@@ -123,6 +134,7 @@ class ServerOptions:
         return cls(config_path=config_path, **given)
 
     def __post_init__(self) -> None:
+        self._check_storage()
         self._check_config()
         if self.port is not None:
             _check_whole("port", self.port, 0, 65535)
@@ -140,6 +152,8 @@ class ServerOptions:
             _check_whole("recycle_after_runs", self.recycle_after_runs, 1)
         if self.recycle_above_memory is not None:
             _check_whole("recycle_above_memory", self.recycle_above_memory, 1)
+        if self.orchestrator_id is not None:
+            _check_id("orchestrator_id", self.orchestrator_id)
         if self.on_crash is not None and not callable(self.on_crash):
             raise TypeError(
                 f"on_crash must be a function or None, not {self.on_crash!r}"
@@ -149,14 +163,25 @@ class ServerOptions:
             _check_kind("binary", self.binary, (str, os.PathLike))
 
     def anchored(self) -> Self:
-        """A copy in which the configuration's path is absolute.
+        """A copy in which paths are absolute, and the configuration is whole. Blocks.
 
-        The server takes the file's directory as written for its workers' working
-        directory, and fails to spawn them in "". Asks for this process's own one.
+        The server takes the configuration file's directory as written for its workers'
+        working directory, and fails to spawn them in "". A file that a store is to be
+        merged into is read here, and handed over by standard input.
+
+        :raises OSError: if this process's own working directory is gone
+        :raises ServerStartError: if the store cannot be merged into that file
         """
+        options = self
+        if self.storage is not None and self._given_storage().path is not None:
+            path = Path(os.path.realpath(self.storage))
+            options = replace(options, storage=path)
         if self.config_path is None or isinstance(self.config_path, Mapping):
-            return self
-        return replace(self, config_path=Path(self.config_path).absolute())
+            return options
+        options = replace(options, config_path=Path(self.config_path).absolute())
+        if self.storage is not None or self.lease is not None:
+            options._merge_into_file()
+        return options
 
     def command(
         self, inherited: Mapping[str, str], *, port: int, orchestrator_id: str
@@ -171,24 +196,30 @@ class ServerOptions:
             stdin=None if self._is_set("CONFIG") else self._config_stdin,
         )
 
-    def may_keep_runs(self) -> bool:
-        """True if the server's store may outlive it. Blocks: it may read the configuration.
-
-        False only if that is sure.
-        """
+    def keeping(self) -> Keeping:
+        """What becomes of runs when the server ends. Blocks: it may read a file."""
         if self._is_set("CONFIG"):
-            return True
-        config = DEFAULT_CONFIG if self.config_path is None else self.config_path
-        if not isinstance(config, Mapping):
-            import yaml  # takes some milliseconds to come
+            return Keeping()
+        if self._config_stdin is not None:
+            return Keeping.of(json.loads(self._config_stdin))
+        try:
+            return Keeping.of(self._file())
+        except ServerStartError:  # the server will say what is wrong with it
+            return Keeping()
 
-            try:
-                config = yaml.safe_load(Path(config).read_bytes())
-            except (OSError, ValueError, yaml.YAMLError):
-                return True
-        return not isinstance(config, Mapping) or _is_durable(
-            config.get("storageConfig")
-        )
+    def owner(self) -> str | None:
+        """The server's id, as far as the user has chosen it."""
+        if self._is_set("ORCHESTRATOR_ID"):
+            return self.env[_PREFIX + "ORCHESTRATOR_ID"]
+        return self.orchestrator_id
+
+    def describe_storage(self) -> str:
+        """Where runs are kept, for messages: without the credentials of a URL."""
+        if self.storage is None:
+            return "the store that its configuration names"
+        if (path := self._given_storage().path) is not None:
+            return str(path)
+        return "the database of storage="
 
     def limits(self) -> Limits | None:
         """When the server is to be recycled; None if it never is."""
@@ -268,6 +299,7 @@ class ServerOptions:
         chosen = {
             "PORT": self.port is not None,
             "CONFIG": self.config_path is not None,
+            "ORCHESTRATOR_ID": self.orchestrator_id is not None,
             "LOG_LEVEL": log.level != default.level,
             "LOG_FORMAT": log.capture or log.format != default.format,
             "OTLP_ENDPOINT": log.otlp_endpoint is not None,
@@ -290,35 +322,77 @@ class ServerOptions:
         env.update(self.env)
         return env
 
+    def _check_storage(self) -> None:
+        if self.storage is not None:
+            self._given_storage()
+        if self.lease is not None:
+            check_lease(self.lease)
+        if (self.storage, self.lease) != (None, None) and self._is_set("CONFIG"):
+            name = "lease" if self.storage is None else "storage"
+            raise ValueError(
+                f"{name} cannot be merged into the configuration that STEPFLOW_CONFIG in "
+                "env= names: give that as config_path"
+            )
+
+    def _given_storage(self) -> Storage:
+        return Storage.of(self.storage)
+
     def _check_config(self) -> None:
         config = DEFAULT_CONFIG if self.config_path is None else self.config_path
         if isinstance(config, Mapping):
-            try:
-                encoded = json.dumps(dict(config), allow_nan=False).encode()
-            except (TypeError, ValueError, RecursionError) as exc:
-                raise ValueError(
-                    f"config_path: this mapping cannot be written as JSON: {exc}"
-                ) from exc
-            if len(encoded) > MAX_CONFIG:
-                raise ValueError(
-                    f"config_path: this mapping takes {len(encoded)} bytes as JSON, and at "
-                    f"most {MAX_CONFIG} can be handed over; put it into a file"
-                )
-            object.__setattr__(self, "_config_stdin", encoded)
+            self._hand_over("config_path: this mapping", self._merged(config))
         elif not isinstance(config, str | os.PathLike):
             raise TypeError(
                 "config_path must be the path of a configuration file, a mapping or None, "
                 f"not {type(config).__name__}"
             )
 
+    def _merged(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        if self.storage is None and self.lease is None:
+            return dict(config)
+        storage = None if self.storage is None else self._given_storage()
+        return merged(config, storage, self.lease)
 
-def _is_durable(storage: object) -> bool:
-    """True unless every store of the configuration is in memory; none at all is, too."""
-    if not isinstance(storage, Mapping):
-        return storage is not None
-    if isinstance(kind := storage.get("type"), str):
-        return kind != "inMemory"
-    return any(_is_durable(each) for each in storage.values())
+    def _merge_into_file(self) -> None:
+        path = self.config_path
+        assert isinstance(path, Path)
+        config = {"workingDirectory": str(path.parent), **self._file()}
+        try:
+            self._hand_over(f"{path}: it", self._merged(config))
+        except ValueError as exc:
+            raise ServerStartError(f"{exc}\nThe configuration is {path}.") from exc
+
+    def _file(self) -> dict[str, Any]:
+        """What the configuration file says, as the server reads it."""
+        from .. import core_yaml  # PyYAML takes some milliseconds to come
+
+        path = self.config_path
+        assert isinstance(path, str | os.PathLike)
+        try:
+            config = core_yaml.parse(Path(path).read_bytes())
+        except (OSError, core_yaml.YamlSyntaxError) as exc:
+            raise ServerStartError(
+                f"the configuration file {path} cannot be read: {exc}"
+            ) from exc
+        if not isinstance(config, dict):
+            raise ServerStartError(
+                f"the configuration file {path} holds no mapping, but "
+                f"{type(config).__name__}"
+            )
+        return config
+
+    def _hand_over(self, what: str, config: Mapping[str, Any]) -> None:
+        """Have the server read it from its standard input."""
+        try:
+            encoded = json.dumps(config, allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError) as exc:
+            raise ValueError(f"{what} cannot be written as JSON: {exc}") from exc
+        if len(encoded) > MAX_CONFIG:
+            raise ValueError(
+                f"{what} takes {len(encoded)} bytes as JSON, and at most {MAX_CONFIG} can "
+                "be handed over; put it into a file"
+            )
+        object.__setattr__(self, "_config_stdin", encoded)
 
 
 def _except_loopback_from_proxies(env: dict[str, str]) -> None:
@@ -347,6 +421,13 @@ def _check_env(env: object) -> None:
             os.fsencode(name + value)
         except UnicodeEncodeError:
             raise ValueError(f"env: {name!a} is not valid Unicode") from None
+
+
+def _check_id(name: str, value: object) -> None:
+    _check_kind(name, value, str)
+    assert isinstance(value, str)
+    if not value.strip() or not value.isprintable():
+        raise ValueError(f"{name} must be a name that can be printed, not {value!r}")
 
 
 def _check_kind(name: str, value: object, kind: type | tuple[type, ...]) -> None:

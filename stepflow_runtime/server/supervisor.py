@@ -50,6 +50,8 @@ from .incarnation import Incarnation
 from .options import Command, ServerOptions
 from .process import LONGEST_KILL, ServerExit
 from .state import Journal, RuntimeState
+from .storage import Keeping
+from .store import Store
 
 if TYPE_CHECKING:
     from .recycling import Life, Recycler
@@ -91,6 +93,8 @@ class Supervisor:
     :param crew: works as a task of the supervisor's
     :param on_stopping: called when no call may begin any more, before the server is ended
     :ivar traffic: to be told of the calls, if the server is to be recycled
+    :ivar keeping: what becomes of runs when a server ends; known when it is READY
+    :ivar store: where they are then
     """
 
     def __init__(
@@ -105,7 +109,9 @@ class Supervisor:
         self._options = options
         self._crew = crew
         self._on_stopping = on_stopping
-        self._orchestrator_id = f"stepflow-runtime-{uuid.uuid4()}"
+        self.keeping = Keeping()
+        self.store = Store()
+        self._orchestrator_id = ""
         self._recycler: Recycler | None = None
         self.traffic: FreeTraffic = FREE
         if (limits := options.limits()) is not None:
@@ -249,6 +255,7 @@ class Supervisor:
         if self._loop is not None and has_ended(self._loop):
             # It was closed around the runtime: nobody is left to say so.
             self._ready = None
+            self.store.give_back()
             self._finish()
 
     def _longest_stop(self) -> float:
@@ -380,13 +387,19 @@ class Supervisor:
             except RuntimeError:  # no thread to be had: it takes a millisecond
                 self.logs.close()
             finally:  # asyncio's own cancellation stops at no shield
-                await self._dismiss_guard()
+                await self._let_go()
 
-    async def _dismiss_guard(self) -> None:
-        try:
-            await run_blocking(self._guard.dismiss)
-        except RuntimeError:
+    async def _let_go(self) -> None:
+        """Of what is to be had until the server is gone."""
+
+        def let_go() -> None:
+            self.store.give_back()
             self._guard.dismiss()
+
+        try:
+            await run_blocking(let_go)
+        except RuntimeError:
+            let_go()
 
     async def _heed_stop(self, life: anyio.CancelScope) -> None:
         await self.journal.wait_until(lambda: self._stop_within is not None)
@@ -445,8 +458,10 @@ class Supervisor:
             binary = find_binary(options.binary, os.environ)
             self._open_logs()
             self._guard.engage()
+            self.keeping = keeping = options.keeping()
+            self._orchestrator_id = options.owner() or self._identity(options, keeping)
             if isinstance(self.traffic, Traffic):
-                self.traffic.keeps_results = not options.may_keep_runs()
+                self.traffic.keeps_results = not keeping.may_outlive
             return options, binary
 
         try:
@@ -456,6 +471,20 @@ class Supervisor:
                 f"the working directory cannot be used: {exc}"
             ) from exc
         return binary
+
+    def _identity(self, options: ServerOptions, keeping: Keeping) -> str:
+        """Take the store; return as whom the server is to use it.
+
+        A server recovers the runs of its own id. So it is the one that the store's
+        unfinished runs have, wherever that was made; or else one made of its path.
+        """
+        path, owner = keeping.path, None
+        if path is not None:
+            may_create = options.storage is not None
+            owner = self.store.take(path, shared=keeping.is_shared, create=may_create)
+        if path is None or keeping.is_shared:
+            return f"stepflow-runtime-{uuid.uuid4()}"
+        return owner or f"stepflow-runtime-{uuid.uuid5(uuid.NAMESPACE_URL, str(path))}"
 
     def _open_logs(self) -> None:
         try:
@@ -494,6 +523,7 @@ class Supervisor:
             port=self.journal.now.port or self._options.port or 0,
             orchestrator_id=self._orchestrator_id,
         )
+        command = replace(command, keep_fds=self.store.fds)
         return await self._incarnation.live(binary, self._guard.marked(command))
 
     async def _reincarnate(self, binary: Path) -> ServerExit:
@@ -589,9 +619,13 @@ class Supervisor:
 
     def _give_up(self, exit: ServerExit, reason: str) -> None:
         words = self._launch_trouble or last_words(exit.recent_logs)
-        message = (
-            f"the Stepflow server {exit}, and is not restarted: {reason}.\n{words}"
-        )
+        message = f"the Stepflow server {exit}, and is not restarted: {reason}."
+        if self.keeping.resumes:
+            message += (
+                f" Its runs are in {self._options.describe_storage()}, and a new runtime "
+                "with that goes on with them."
+            )
+        message += f"\n{words}"
         self._fail(partial(ServerCrashedError, message, exit=exit), last_exit=exit)
 
     def _fail(self, failure: Callable[[], ServerError], **details: Any) -> None:

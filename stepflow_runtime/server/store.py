@@ -1,0 +1,224 @@
+"""The store of one runtime: held, looked into, and asked what became of a submit.
+
+Contract: the store is held from before the server's start until after its end, so that no
+second runtime can have it (:mod:`.lock`). It is the server's: we read what its API does not
+tell, and write nothing. What cannot be read is not known, and never taken for nothing.
+
+Everything blocks: for a worker thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import quote
+
+from ..errors import ServerStartError
+from ..logs.own import report
+from .lock import StoreLock, StoreLockedError
+
+if TYPE_CHECKING:
+    import sqlite3
+
+__all__ = ["SUBMIT", "Store", "UnreadableStoreError"]
+
+# The variable that marks a submit. The server keeps a run's variables in its journal, and
+# shows them to nobody but workflows that ask for one by its name.
+SUBMIT: Final = "stepflow_runtime_submit"
+
+# A Python that was killed is noticed by its guard, which ends the server, in 0.2 s; on a
+# busy machine in more.
+_PATIENCE: Final = 5.0
+
+# How long sqlite waits for a writer where it has to.
+_BUSY_TIMEOUT: Final = 5.0
+
+# How far a clock may be set back between a submit and the server's note of it.
+_CLOCK_SLACK: Final = 60.0
+
+_UNFINISHED: Final = """
+    SELECT id, orchestrator_id FROM runs
+    WHERE status NOT IN ('completed', 'failed', 'cancelled') AND id = root_run_id
+    ORDER BY id
+"""
+
+# A run's id begins with its time, so that only the newest are looked at.
+_SUBMITTED: Final = """
+    SELECT json_extract(event_data, '$.variables.' || ?), root_run_id FROM journal_entries
+    WHERE root_run_id >= ? AND sequence = 0
+"""
+
+
+class UnreadableStoreError(Exception):
+    """The store does not tell; the message says why."""
+
+
+@dataclass(frozen=True)
+class _Left:
+    """What an earlier server has left unfinished."""
+
+    runs: tuple[str, ...] = ()
+    owners: frozenset[str | None] = frozenset()
+
+
+class Store:
+    """A store, as one runtime holds it.
+
+    :ivar recovered: the runs that were unfinished when it was taken, the oldest first
+    """
+
+    def __init__(self) -> None:
+        self.recovered: tuple[str, ...] = ()
+        self._guard = threading.Lock()
+        self._lock: StoreLock | None = None
+        self._is_given_back = False
+        self._path: Path | None = None
+        self._submits: dict[str, str] = {}
+        self._submits_of: tuple[int, float] | None = None
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        """The descriptors that the server has to inherit."""
+        lock = self._lock
+        return () if lock is None else lock.fds
+
+    def take(self, path: Path, *, shared: bool, create: bool) -> str | None:
+        """Take the store in a file; return whose its unfinished runs are, if that is one.
+
+        :param shared: whether others may have it at the same time
+        :param create: whether it may have to be made
+        :raises ServerStartError: if it is somebody else's, or no file can be there
+        """
+        path = Path(os.path.realpath(path))
+        with self._guard:
+            if self._is_given_back:  # the start was given up
+                return None
+            self._lock = self._locked(path, shared)
+            self._path = path
+        try:
+            if create:
+                _create(path)
+        except OSError as exc:
+            raise ServerStartError(f"storage: a store cannot be made: {exc}") from exc
+        left = _left(path)
+        if shared:
+            return None  # they may be a neighbour's, and under way
+        self.recovered = left.runs
+        return _only(left.owners)
+
+    def give_back(self) -> None:
+        """Let others have it, once the server is gone."""
+        with self._guard:
+            self._is_given_back = True
+            lock, self._lock = self._lock, None
+        if lock is not None:
+            lock.give_back()
+
+    def find(self, submit: str, *, since: float, life: int) -> str | None:
+        """The id of the run that a submit has begun; None if it has begun none.
+
+        :param submit: what its variable ``SUBMIT`` was
+        :param since: when it was sent, as ``time.time`` says
+        :param life: of the server; of the submits of a life that is over, nothing changes
+        :raises UnreadableStoreError: if nobody knows
+        """
+        if self._path is None:
+            raise UnreadableStoreError("the store is not a file of sqlite")
+        with self._guard:
+            known = self._submits_of
+            if known is None or known[0] != life or known[1] > since:
+                self._submits = _submits(self._path, since)
+                self._submits_of = (life, since)
+            return self._submits.get(submit)
+
+    def _locked(self, path: Path, shared: bool) -> StoreLock:
+        lock = StoreLock(path, shared=shared)
+        try:
+            lock.take(_PATIENCE)
+        except StoreLockedError as exc:
+            raise ServerStartError(_in_use(path, exc.holder)) from exc
+        except OSError as exc:
+            raise ServerStartError(
+                f"storage: {path} cannot be used: {exc}. Its directory has to exist, and "
+                "to be writable"
+            ) from exc
+        return lock
+
+
+def _in_use(path: Path, holder: int | None) -> str:
+    if holder == os.getpid():
+        who = "another runtime of this process"
+    else:
+        who = "another runtime" + (f" (in process {holder})" if holder else "")
+    return (
+        f"storage: {path} is in use by {who}. Two servers on one store would run its "
+        "workflows twice: use that runtime, by StepflowClient(runtime.url) from another "
+        "process, or give both of them lease= and an etcd, by which they share it"
+    )
+
+
+def _create(path: Path) -> None:
+    """Make an empty one that is nobody else's to read: runs have secrets in them."""
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
+    os.close(os.open(path, flags, 0o600))
+
+
+def _left(path: Path) -> _Left:
+    """What is unfinished; nothing if it cannot be read, for then no id would help."""
+    try:
+        if path.stat().st_size == 0:
+            return _Left()
+        with _opened(path) as store:
+            rows = store.execute(_UNFINISHED).fetchall()
+    except (OSError, UnreadableStoreError):
+        return _Left()
+    return _Left(
+        runs=tuple(run for run, _ in rows), owners=frozenset(owner for _, owner in rows)
+    )
+
+
+def _only(owners: frozenset[str | None]) -> str | None:
+    named = sorted(owner for owner in owners if owner)
+    if len(named) > 1:
+        report(
+            logging.WARNING,
+            "the store has unfinished runs of several servers (%s), and this one will go "
+            "on with those of the first only; the others are for servers with their "
+            "orchestrator_id, or with lease=",
+            ", ".join(named),
+        )
+    return named[0] if named else None
+
+
+def _submits(path: Path, since: float) -> dict[str, str]:
+    first = f"{max(int((since - _CLOCK_SLACK) * 1000), 0):012x}"
+    with _opened(path) as store:
+        rows = store.execute(_SUBMITTED, (SUBMIT, f"{first[:8]}-{first[8:]}"))
+        return {submit: run for submit, run in rows if isinstance(submit, str)}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[sqlite3.Connection]:
+    """The store, to be read. A server may be at work on it, or have been killed in it.
+
+    :raises UnreadableStoreError: in the block too, if it cannot be read
+    """
+    try:
+        import sqlite3  # takes some milliseconds to come; not every Python has it
+    except ImportError as exc:
+        raise UnreadableStoreError(f"this Python has no sqlite3: {exc}") from exc
+    try:
+        # Not read-only: the log of a server that was killed has to be replayed first.
+        uri = f"file:{quote(str(path))}?mode=rw"
+        connection: Any = sqlite3.connect(uri, uri=True, timeout=_BUSY_TIMEOUT)
+        with closing(connection):
+            connection.execute("PRAGMA query_only = ON")
+            yield connection
+    except sqlite3.Error as exc:
+        raise UnreadableStoreError(str(exc)) from exc
