@@ -18,10 +18,21 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, NoReturn, Self, TypeVar, TypeVarTuple, Unpack
+from typing import (
+    Any,
+    Final,
+    Literal,
+    NoReturn,
+    Self,
+    TypeAlias,
+    TypeVar,
+    TypeVarTuple,
+    Unpack,
+)
 
 import anyio
 import anyio.lowlevel
@@ -41,6 +52,7 @@ from .arguments import (
     check_count,
     check_flag,
     check_max_concurrent,
+    check_on_unknown,
     check_text,
     check_timeout,
     check_uuid,
@@ -48,11 +60,13 @@ from .arguments import (
 from .crew import Crew, Kind
 from .errors import (
     ApiError,
+    ConnectionLostError,
     InvalidFlowError,
     InvalidRequestError,
     NotFoundError,
     RunTimeoutError,
     StepflowError,
+    SubmitInterruptedError,
     UnrepresentableValueError,
     UnsupportedServerError,
 )
@@ -80,7 +94,9 @@ from .representable import SIXTY_FOUR_BITS, representable
 from .traffic import FREE, FreeTraffic, Hold, StoredBlob
 from .transport import NO_HEADERS, Heir, Response, Stream
 
-__all__ = ["ApiExecutor"]
+__all__ = ["ApiExecutor", "OnUnknown", "SubmitMark"]
+
+OnUnknown: TypeAlias = Literal["raise", "resubmit"]
 
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
@@ -110,6 +126,9 @@ _RUNS: Final = f"{wire.API}/runs"
 
 # How often a flow is stored for one run, where servers forget it.
 _MOST_STORES: Final = 3
+
+# How often a run is submitted again, if it may be submitted twice.
+_MOST_RESUBMITS: Final = 3
 
 # Of a failed run with more items than this nobody reads all events to count attempts.
 _COUNTED_ITEMS: Final = 100
@@ -164,6 +183,23 @@ class ApiExecutor(ABC):
     ) -> tuple[Stream, int | None]:
         """As :meth:`~stepflow_runtime.transport.Transport.stream`; and whose it is."""
 
+    def _mark_submit(self) -> SubmitMark | None:
+        """Something by which a run that was submitted could be found; None: it could not."""
+        return None
+
+    async def _find_submitted(
+        self, mark: SubmitMark | None, loss: ConnectionLostError | None
+    ) -> str | None:
+        """The id of the run that an interrupted submit has begun; None if it has begun none.
+
+        :param loss: how it was interrupted
+        :raises SubmitInterruptedError: if nobody knows
+        """
+        raise SubmitInterruptedError(
+            f"the connection broke while a run was being submitted ({loss}); nobody knows "
+            "whether it has begun"
+        ) from loss
+
     @property
     @abstractmethod
     def _is_gone(self) -> bool:
@@ -183,6 +219,7 @@ class ApiExecutor(ABC):
         *,
         variables: Variables | None = None,
         variables_from_env: bool = False,
+        on_unknown: OnUnknown = "raise",
         timeout: float | None = None,
     ) -> FlowResult:
         """Run a workflow and wait for its end, however long it takes.
@@ -204,6 +241,10 @@ class ApiExecutor(ABC):
             not given in ``variables``. Their text counts as JSON if it is, else as a string
         :param timeout: seconds after which the run is given up and cancelled on the
             server; None: never
+        :param on_unknown: what to do if the connection broke while the run was being
+            submitted, so that nobody knows whether it has begun: ``"raise"``, or
+            ``"resubmit"``, by which the workflow may run twice. A runtime with ``storage``
+            in a file finds out, and never comes to that
         :return: how it ended; a flow that failed is a result too
         :raises FlowDefinitionError: if the workflow cannot be read or is not valid
         :raises UnrepresentableValueError: if input, overrides or variables hold something
@@ -211,15 +252,18 @@ class ApiExecutor(ABC):
         :raises TypeError: if an argument is of the wrong kind
         :raises RunTimeoutError: if ``timeout`` seconds were over first
         :raises ApiError: if the server refuses the run
-        :raises ConnectionLostError: if the connection broke, so that nobody knows what
-            became of the run
-        :raises RunLostError: if an embedded server died meanwhile, and is being restarted
+        :raises SubmitInterruptedError: if the connection broke, so that nobody knows
+            whether the run has begun
+        :raises ConnectionLostError: if there is no connection to the server
+        :raises RunLostError: if an embedded server died meanwhile, its store was in memory,
+            and it is being restarted
         :raises ServerCrashedError: if it died and is not restarted
         :raises RuntimeStoppedError: if the runtime is not running
 
-        While an embedded server restarts, the call waits. Cancellation ends the wait at
-        once and has the run cancelled on the server, which in Stepflow 0.13 marks it as
-        cancelled and lets its steps go on to their end.
+        While an embedded server restarts, the call waits; with a ``storage`` that keeps
+        the run, also for a run that was under way. Cancellation ends the wait at once and
+        has the run cancelled on the server, which in Stepflow 0.13 marks it as cancelled
+        and lets its steps go on to their end.
         """
         inputs = [as_input(input)]
         limit = _time_limit(timeout)
@@ -231,6 +275,7 @@ class ApiExecutor(ABC):
                     overrides,
                     variables,
                     variables_from_env=variables_from_env,
+                    on_unknown=on_unknown,
                     wait=_FIRST_WAIT,
                 )
                 self.__traffic.took(1, generation)
@@ -262,6 +307,7 @@ class ApiExecutor(ABC):
         *,
         variables: Variables | None = None,
         variables_from_env: bool = False,
+        on_unknown: OnUnknown = "raise",
         timeout: float | None = None,
     ) -> str:
         """Start a run, and return its id without waiting for its end.
@@ -279,6 +325,7 @@ class ApiExecutor(ABC):
                     overrides,
                     variables,
                     variables_from_env=variables_from_env,
+                    on_unknown=on_unknown,
                 )
             run_id = answer.summary.run_id
             self.__traffic.took(1, generation, run_id)
@@ -320,6 +367,7 @@ class ApiExecutor(ABC):
         *,
         variables: Variables | None = None,
         variables_from_env: bool = False,
+        on_unknown: OnUnknown = "raise",
         timeout: float | None = None,
     ) -> str:
         """Start one run with many inputs, and return its id without waiting for its end.
@@ -343,6 +391,7 @@ class ApiExecutor(ABC):
                     overrides,
                     variables,
                     variables_from_env=variables_from_env,
+                    on_unknown=on_unknown,
                     max_concurrent=max_concurrent,
                 )
             batch_id = answer.summary.run_id
@@ -406,6 +455,7 @@ class ApiExecutor(ABC):
         *,
         variables: Variables | None = None,
         variables_from_env: bool = False,
+        on_unknown: OnUnknown = "raise",
         timeout: float | None = None,
     ) -> RunMany:
         """Run a workflow on each input, and yield ``(index, result)`` as they end.
@@ -431,7 +481,9 @@ class ApiExecutor(ABC):
             variables=variables,
             variables_from_env=variables_from_env,
             timeout=timeout,
+            on_unknown=on_unknown,
         )
+        check_on_unknown(on_unknown)
         return RunMany(run, as_inputs(inputs), max_concurrent, self.__crew, self._gone)
 
     async def cancel(self, run_id: str) -> RunInfo:
@@ -891,14 +943,20 @@ class ApiExecutor(ABC):
         variables: Variables | None,
         *,
         variables_from_env: bool,
+        on_unknown: OnUnknown,
         max_concurrent: int | None = None,
         wait: int = 0,
     ) -> tuple[wire.RunAnswer, int | None]:
         """Start a run. Whoever is cancelled in here has it cancelled on the server."""
         check_flag("variables_from_env", variables_from_env)
+        check_on_unknown(on_unknown)
         overrides = as_overrides(overrides)
         variables = as_variables(variables)
-        for attempt in range(_MOST_STORES):
+        heir: Heir = self.__cancel_what_began
+        if (mark := self._mark_submit()) is not None:
+            heir = partial(self.__cancel_what_began, mark=mark)
+        stores = resubmits = 0
+        while True:
             flow_id = flow if type(flow) is FlowId else await self.__store(flow)
             if variables_from_env:
                 variables = await self.__variables_from_env(flow_id, variables)
@@ -906,20 +964,21 @@ class ApiExecutor(ABC):
                 flow_id,
                 inputs,
                 overrides=overrides,
-                variables=variables,
+                variables=variables if mark is None else mark.among(variables),
                 max_concurrent=max_concurrent,
                 wait=wait,
             )
             try:
                 response = await self._request(
-                    "POST", _RUNS, body, held=wait, heir=self.__cancel_what_began
+                    "POST", _RUNS, body, held=wait, heir=heir
                 )
                 answer = await self.__decoded(
                     wire.decode_run, response, "POST", "/runs", {"flow_id": flow_id}
                 )
                 return answer, response.generation
             except NotFoundError:
-                if isinstance(flow, FlowId) or attempt == _MOST_STORES - 1:
+                stores += 1
+                if isinstance(flow, FlowId) or stores == _MOST_STORES:
                     raise
                 # The server was restarted after that, and its store was in memory.
                 self.__stored.forget(flow_id)
@@ -927,7 +986,38 @@ class ApiExecutor(ABC):
                 if overrides:
                     await self.__explain_overrides(flow_id, overrides, exc)
                 raise
-        raise AssertionError
+            except ConnectionLostError as exc:
+                if exc.unsent:
+                    raise
+                try:
+                    found = await self.__what_began(mark, exc, heir)
+                except SubmitInterruptedError:
+                    resubmits += 1
+                    if on_unknown == "raise" or resubmits > _MOST_RESUBMITS:
+                        raise
+                else:
+                    if found is not None:
+                        return found
+
+    async def __what_began(
+        self, mark: SubmitMark | None, loss: ConnectionLostError, heir: Heir
+    ) -> tuple[wire.RunAnswer, int | None] | None:
+        """What the interrupted answer would have said; None if there is no such run.
+
+        :raises SubmitInterruptedError: if nobody knows
+        """
+        try:
+            run_id = await self._find_submitted(mark, loss)
+            if run_id is None:
+                return None
+            details, generation = await self.__details(run_id)
+            items: Sequence[Any] = ()
+            if details.summary.has_ended:
+                items = await self.__items(details.summary, generation)
+        except anyio.get_cancelled_exc_class():
+            self.__crew.send(partial(heir, None), Kind.ERRAND)
+            raise
+        return wire.RunAnswer(details.summary, tuple(items)), generation
 
     async def __explain_overrides(
         self, flow_id: FlowId, overrides: Mapping[str, Any], cause: ApiError
@@ -997,7 +1087,13 @@ class ApiExecutor(ABC):
         """Leave it to the crew: the caller is on its way out."""
         self.__crew.send(partial(self.__cancel_quietly, run_id), Kind.ERRAND)
 
-    async def __cancel_what_began(self, response: Response) -> None:
+    async def __cancel_what_began(
+        self, response: Response | None, mark: SubmitMark | None = None
+    ) -> None:
+        if response is None:
+            if mark is not None:
+                await self.__cancel_marked(mark)
+            return
         with suppress(msgspec.DecodeError, UnicodeDecodeError):
             summary = wire.decode_run(response.body).summary
             if response.status >= 300:
@@ -1005,6 +1101,11 @@ class ApiExecutor(ABC):
             self.__traffic.took(summary.items.total, response.generation)
             if not summary.has_ended:
                 await self.__cancel_quietly(summary.run_id)
+
+    async def __cancel_marked(self, mark: SubmitMark) -> None:
+        with suppress(StepflowError), anyio.move_on_after(_CANCEL_PATIENCE):
+            if (run_id := await self._find_submitted(mark, None)) is not None:
+                await self.__cancel(run_id)
 
     async def __cancel_quietly(self, run_id: str) -> None:
         with suppress(StepflowError), anyio.move_on_after(_CANCEL_PATIENCE):
@@ -1188,6 +1289,21 @@ class ApiExecutor(ABC):
         except (StepflowError, msgspec.DecodeError, UnicodeDecodeError):
             return "It does not tell its version either"
         return f"It says that its version is {version or 'none'}"
+
+
+@dataclass(frozen=True)
+class SubmitMark:
+    """What a submit is marked with: a variable that no workflow asks for.
+
+    :ivar began: when it was made, before the run was, as ``time.time`` says
+    """
+
+    name: str
+    value: str
+    began: float
+
+    def among(self, variables: Mapping[str, Any] | None) -> Mapping[str, Any]:
+        return {**(variables or {}), self.name: self.value}
 
 
 class _OneRun:

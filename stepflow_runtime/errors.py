@@ -45,6 +45,7 @@ __all__ = [
     "ServerFaultError",
     "ServerStartError",
     "StepflowError",
+    "SubmitInterruptedError",
     "UnrepresentableValueError",
     "UnsupportedServerError",
 ]
@@ -285,6 +286,15 @@ class ConnectionLostError(StepflowError):
     def __init__(self, message: str, *, unsent: bool = False) -> None:
         super().__init__(message)
         self.unsent = unsent
+
+
+class SubmitInterruptedError(ConnectionLostError):
+    """The connection broke while a run was being submitted: it may have begun, or not.
+
+    Nothing was repeated: the workflow might run twice. Look for the run (``list_runs()``),
+    or, if running it twice does no harm, submit it again: ``on_unknown="resubmit"`` does
+    that by itself.
+    """
 
 
 # Tracebacks name exceptions as users import them. Other classes keep the module that they

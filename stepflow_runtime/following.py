@@ -20,7 +20,7 @@ from .errors import ConnectionLostError, StepflowError, UnsupportedServerError
 from .events import RunCompleted, RunEvent
 from .executor import RunInfo
 from .traffic import FREE, FreeTraffic, Hold
-from .transport import Stream
+from .transport import ServerRestartedError, Stream
 
 __all__ = ["EventFollower"]
 
@@ -60,7 +60,7 @@ class EventFollower(AsyncIterator[RunEvent]):
         self._run_id = run_id
         self._since = since
         self._lines = _Lines()
-        self._seen_of_last: Counter[bytes] = Counter()
+        self._seen_of_last: list[bytes] = []
         self._to_skip: Counter[bytes] = Counter()
         self._failures = 0
         self._was_over = False
@@ -98,6 +98,9 @@ class EventFollower(AsyncIterator[RunEvent]):
                 if not self._lines.is_open:
                     await self._reconnect()
                 line = await self._lines.next()
+            except ServerRestartedError:
+                self._lines.close()
+                continue
             except ConnectionLostError:
                 self._lines.close()
                 self._failures += 1
@@ -130,10 +133,12 @@ class EventFollower(AsyncIterator[RunEvent]):
     async def _reconnect(self) -> None:
         if self._failures:
             await anyio.sleep(_PAUSES[self._failures - 1])
-        self._to_skip = Counter(self._seen_of_last)
+        self._to_skip = Counter(map(_canonical, self._seen_of_last))
         if self._since:
             # After a run's last event the server's stream is silent, and never ends.
-            last = (await self._look()).last_sequence_number
+            run = await self._look()
+            self._was_over = run.has_ended
+            last = run.last_sequence_number
             if last is not None and self._since > last:
                 self.close()
                 raise StopAsyncIteration
@@ -154,17 +159,24 @@ class EventFollower(AsyncIterator[RunEvent]):
                 status=200,
                 run_id=self._run_id,
             ) from exc
-        if event.sequence_number == self._since and self._to_skip[data]:
-            self._to_skip[data] -= 1
+        if event.sequence_number == self._since and self._is_to_be_skipped(data):
             return None
         if event.sequence_number != self._since:
             self._since = event.sequence_number
             self._seen_of_last.clear()
-        self._seen_of_last[data] += 1
+        self._seen_of_last.append(data)
         self._failures = 0
         if isinstance(event, RunCompleted) and event.run_id == self._run_id:
             self.close()
         return event
+
+    def _is_to_be_skipped(self, data: bytes) -> bool:
+        if not self._to_skip:
+            return False
+        event = _canonical(data)
+        if is_seen := self._to_skip[event] > 0:
+            self._to_skip[event] -= 1
+        return is_seen
 
     async def _look_whether_over(self) -> None:
         """A keep-alive: nothing has happened for some seconds.
@@ -176,6 +188,11 @@ class EventFollower(AsyncIterator[RunEvent]):
         if is_over and self._was_over:
             self.close()
         self._was_over = is_over
+
+
+def _canonical(data: bytes) -> bytes:
+    """The same for the same event: a server that was restarted shuffles its fields."""
+    return msgspec.json.encode(msgspec.json.decode(data), order="deterministic")
 
 
 class _Holding:

@@ -8,9 +8,12 @@ became of the server.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import threading
+import time
+import uuid
 import warnings
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -24,14 +27,15 @@ import anyio
 from anyio import AsyncContextManagerMixin
 from anyio.abc import TaskStatus
 
-from .api import ApiExecutor
+from .api import ApiExecutor, SubmitMark
 from .arguments import check_count
-from .crew import Crew
+from .crew import Crew, Kind
 from .errors import (
     ConnectionLostError,
     RunLostError,
     RuntimeStoppedError,
     StepflowError,
+    SubmitInterruptedError,
 )
 from .executor import FlowError
 from .hosting.portal import Portal
@@ -46,8 +50,10 @@ from .server.options import ServerOptions, StartOptions, check_seconds
 from .server.process import ServerExit
 from .server.restart import RestartPolicy
 from .server.state import RuntimeState, StateChange
+from .server.store import SUBMIT, UnreadableStoreError
 from .server.supervisor import Ready, Supervisor
-from .transport import NO_HEADERS, Heir, Response, Stream
+from .threads import run_blocking
+from .transport import NO_HEADERS, Heir, Response, ServerRestartedError, Stream
 from .transport.direct import LOOPBACK, DirectTransport
 
 __all__ = ["StepflowRuntime"]
@@ -60,6 +66,10 @@ _LAST_ERRANDS: Final = 2.0
 # how many seconds. There need not be any.
 _LOOK_BACK: Final = 5000
 _LOG_PATIENCE: Final = 0.03
+
+
+# The generation of all that is kept in a durable store, whichever server has it.
+_KEPT: Final = 0
 
 
 class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
@@ -89,6 +99,8 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
             options, self._crew, on_stopping=self._transports.close
         )
         super().__init__(self._crew, self._supervisor.traffic)
+        self._marks = uuid.uuid4().hex
+        self._submits = itertools.count()
         self._owner = os.getpid()
         self._lock = threading.Lock()
         self._portal: Portal | None = None
@@ -476,7 +488,9 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
     @property
     def _generation(self) -> int | None:
         ready = self._supervisor.ready
-        return None if ready is None else ready.incarnation
+        if ready is None:
+            return None
+        return _KEPT if self._supervisor.keeping.resumes else ready.incarnation
 
     async def _request(
         self,
@@ -490,37 +504,87 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
         repeatable: bool = False,
         generation: int | None = None,
     ) -> Response:
+        keeping = self._supervisor.keeping
         while True:
             ready = self._supervisor.ready
             if ready is None or os.getpid() != self._owner:
                 ready = await self._wait_ready()
-            if generation is not None:
+                keeping = self._supervisor.keeping
+            if generation is not None and not keeping.resumes:
                 await self._refuse_if_lost(generation, ready)
             try:
                 return await self._transports.of(ready).request(
                     method, path, body, headers=headers, heir=heir
                 )
             except ConnectionLostError as exc:
-                loss = await self._supervisor.explain_loss(ready.incarnation)
+                loss = await self._explain_loss(exc, ready, heir)
                 if loss is None:
                     raise
                 may_wait = repeatable or (exc.unsent and generation is None)
-                if not (may_wait and isinstance(loss, RunLostError)):
+                if keeping.resumes:
+                    may_wait = repeatable or exc.unsent or method == "GET"
+                if not isinstance(loss, RunLostError):
+                    raise loss from exc
+                if not may_wait:
+                    if keeping.resumes:
+                        raise _SubmitLostError(str(exc), ready.incarnation) from exc
                     raise loss from exc
                 # It waits for the next server, as a later request would.
+
+    async def _explain_loss(
+        self, exc: ConnectionLostError, ready: Ready, heir: Heir | None
+    ) -> StepflowError | None:
+        """Why the connection broke; whoever is cancelled meanwhile leaves an heir."""
+        try:
+            return await self._supervisor.explain_loss(ready.incarnation)
+        except anyio.get_cancelled_exc_class():
+            if heir is not None and not exc.unsent:
+                self._crew.send(partial(heir, None), Kind.ERRAND)
+            raise
 
     async def _open_stream(
         self, path: str, *, generation: int | None = None
     ) -> tuple[Stream, int | None]:
-        ready = await self._wait_ready()
-        if generation is not None:
-            await self._refuse_if_lost(generation, ready)
+        while True:
+            ready = await self._wait_ready()
+            resumes = self._supervisor.keeping.resumes
+            if generation is not None and not resumes:
+                await self._refuse_if_lost(generation, ready)
+            try:
+                stream = await self._transports.of(ready).stream(path)
+            except ConnectionLostError as exc:
+                explained = await self._explained(exc, ready)
+                if not isinstance(explained, ServerRestartedError):
+                    raise explained from exc
+            else:
+                explain = partial(self._explained, ready=ready)
+                return _SupervisedStream(stream, explain), ready.incarnation
+
+    def _mark_submit(self) -> SubmitMark | None:
+        keeping = self._supervisor.keeping
+        if not keeping.resumes or keeping.path is None:
+            return None
+        return SubmitMark(SUBMIT, f"{self._marks}-{next(self._submits)}", time.time())
+
+    async def _find_submitted(
+        self, mark: SubmitMark | None, loss: ConnectionLostError | None
+    ) -> str | None:
+        if mark is None:
+            return await super()._find_submitted(mark, loss)
+        await self._wait_ready()
+        # Of a life that is over: what it has not begun by now, it never will.
+        life = loss.life if isinstance(loss, _SubmitLostError) else None
+        store = self._supervisor.store
         try:
-            stream = await self._transports.of(ready).stream(path)
-        except ConnectionLostError as exc:
-            raise await self._explained(exc, ready) from exc
-        explained = _SupervisedStream(stream, partial(self._explained, ready=ready))
-        return explained, ready.incarnation
+            found = await run_blocking(store.find, mark.value, mark.began, life)
+        except UnreadableStoreError as exc:
+            raise SubmitInterruptedError(
+                f"the Stepflow server died while a run was being submitted ({loss}), and "
+                f"its store does not tell whether it has begun: {exc}"
+            ) from loss
+        if found is None and life is None:
+            return await super()._find_submitted(mark, loss)
+        return found
 
     @property
     def _is_gone(self) -> bool:
@@ -538,7 +602,10 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
 
     async def _explained(self, exc: ConnectionLostError, ready: Ready) -> StepflowError:
         """What to raise for a connection that broke: what became of the server."""
-        return await self._supervisor.explain_loss(ready.incarnation) or exc
+        loss = await self._supervisor.explain_loss(ready.incarnation)
+        if isinstance(loss, RunLostError) and self._supervisor.keeping.resumes:
+            return ServerRestartedError(str(exc))
+        return loss or exc
 
     async def _logs_of_failures(
         self, run_id: str, since: datetime | None, errors: Sequence[FlowError]
@@ -655,6 +722,17 @@ def _stop_forsaken(owner: int, supervisor: Supervisor, watch: Watch | None) -> N
         ResourceWarning,
         stacklevel=2,
     )
+
+
+class _SubmitLostError(ConnectionLostError):
+    """The server died before it answered a submit; the runs that it had live on.
+
+    :ivar life: which life of the server it was
+    """
+
+    def __init__(self, message: str, life: int) -> None:
+        super().__init__(message)
+        self.life = life
 
 
 class _SupervisedStream:

@@ -606,8 +606,9 @@ def _flow_error(status: int, item: _Item | None) -> FlowError:
         return FlowError(
             code=f"STATUS_{status}", message="it ended in a way that has no name here"
         )
-    code = _error_code(item.error_code) if item is not None else "UNSPECIFIED"
-    return FlowError(code=code, message=NO_REASON)
+    if item is None or item.status == RunStatus.RUNNING.value:
+        return FlowError(code="ORCHESTRATOR_ERROR", message=_NOT_RESUMED)
+    return FlowError(code=_error_code(item.error_code), message=NO_REASON)
 
 
 _VERDICTS: Final = {
@@ -617,6 +618,9 @@ _VERDICTS: Final = {
         "the server could not recover the run",
     ),
 }
+
+# So a run stands that was interrupted by a crash while it had started runs of its own.
+_NOT_RESUMED: Final = "the server gave the run up before its end: it could not go on with it after a restart"
 
 NO_REASON: Final = "the server gave no reason"
 

@@ -196,6 +196,11 @@ class ServerOptions:
             stdin=None if self._is_set("CONFIG") else self._config_stdin,
         )
 
+    @property
+    def is_whole(self) -> bool:
+        """True if no file has to be read to know the configuration."""
+        return self._config_stdin is not None or self._is_set("CONFIG")
+
     def keeping(self) -> Keeping:
         """What becomes of runs when the server ends. Blocks: it may read a file."""
         if self._is_set("CONFIG"):

@@ -48,10 +48,13 @@ _UNFINISHED: Final = """
     ORDER BY id
 """
 
-# A run's id begins with its time, so that only the newest are looked at.
+# The server writes its journal first. A run that is only there, because the server died
+# between the two, is none: it knows nothing of it, and never goes on with it. A run's id
+# begins with its time, so that only the newest are looked at.
 _SUBMITTED: Final = """
-    SELECT json_extract(event_data, '$.variables.' || ?), root_run_id FROM journal_entries
-    WHERE root_run_id >= ? AND sequence = 0
+    SELECT json_extract(event_data, '$.variables.' || ?), runs.id
+    FROM journal_entries JOIN runs ON runs.id = journal_entries.root_run_id
+    WHERE runs.id >= ? AND sequence = 0
 """
 
 
@@ -120,12 +123,13 @@ class Store:
         if lock is not None:
             lock.give_back()
 
-    def find(self, submit: str, *, since: float, life: int) -> str | None:
+    def find(self, submit: str, since: float, life: int | None) -> str | None:
         """The id of the run that a submit has begun; None if it has begun none.
 
         :param submit: what its variable ``SUBMIT`` was
         :param since: when it was sent, as ``time.time`` says
-        :param life: of the server; of the submits of a life that is over, nothing changes
+        :param life: a life of the server that is over, so that nothing changes any more in
+            what it was asked for; None if that is not known
         :raises UnreadableStoreError: if nobody knows
         """
         if self._path is None:
@@ -134,7 +138,7 @@ class Store:
             known = self._submits_of
             if known is None or known[0] != life or known[1] > since:
                 self._submits = _submits(self._path, since)
-                self._submits_of = (life, since)
+                self._submits_of = None if life is None else (life, since)
             return self._submits.get(submit)
 
     def _locked(self, path: Path, shared: bool) -> StoreLock:

@@ -109,7 +109,8 @@ class Supervisor:
         self._options = options
         self._crew = crew
         self._on_stopping = on_stopping
-        self.keeping = Keeping()
+        # What only a file tells is known when the server is READY.
+        self.keeping = options.keeping() if options.is_whole else Keeping()
         self.store = Store()
         self._orchestrator_id = ""
         self._recycler: Recycler | None = None

@@ -12,7 +12,16 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final, NamedTuple, Protocol, TypeAlias
 
-__all__ = ["NO_HEADERS", "Heir", "Response", "Stream", "Transport"]
+from ..errors import ConnectionLostError
+
+__all__ = [
+    "NO_HEADERS",
+    "Heir",
+    "Response",
+    "ServerRestartedError",
+    "Stream",
+    "Transport",
+]
 
 NO_HEADERS: Final[Mapping[str, str]] = {}
 
@@ -32,8 +41,12 @@ class Response(NamedTuple):
     generation: int | None = None
 
 
-Heir: TypeAlias = Callable[[Response], Awaitable[object]]
+Heir: TypeAlias = Callable[[Response | None], Awaitable[object]]
 """What is to be done with an answer whose caller was cancelled while it waited for it."""
+
+
+class ServerRestartedError(ConnectionLostError):
+    """A stream ended with its server, and another one can go on with it at once."""
 
 
 class Stream(Protocol):
@@ -83,8 +96,9 @@ class Transport(Protocol):
             are ``application/json`` otherwise, if they are among them
         :param held: for how many seconds the server may hold the answer back, because it
             was asked to wait for something
-        :param heir: gets the answer if the caller was cancelled after the request was sent.
-            It is called by the transport's crew; the caller goes at once
+        :param heir: gets the answer if the caller was cancelled after the request was sent,
+            or None if none came. It is called by the transport's crew; the caller goes at
+            once
         :raises ConnectionLostError: if there was no whole answer
         """
         ...

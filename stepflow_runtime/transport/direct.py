@@ -160,7 +160,12 @@ class DirectTransport:
 
     async def _inherit(self, exchange: _Exchange, heir: Heir) -> None:
         exchange.slot.loop = current_loop()
-        with exchange, anyio.move_on_after(_INHERITED_PATIENCE) as patience:
+        response = None
+        with (
+            exchange,
+            suppress(ConnectionLostError),
+            anyio.move_on_after(_INHERITED_PATIENCE),
+        ):
             answer = await exchange.whole_answer()
             response = Response(
                 answer.status,
@@ -168,8 +173,7 @@ class DirectTransport:
                 answer.take_body(),
                 self._generation,
             )
-        if not patience.cancelled_caught:
-            await heir(response)
+        await heir(response)
 
     async def aclose(self) -> None:
         self.close()
