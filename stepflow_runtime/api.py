@@ -1160,12 +1160,13 @@ class ApiExecutor(ABC):
     async def __explained(
         self, failed: list[FlowResult], details: wire.RunDetails
     ) -> list[FlowResult]:
-        attempts = await self.__attempts(details)
         steps = {
             step.item_index: step
             for step in map(wire.step_info, details.steps)
             if step.error is not None
         }
+        # Of a run that the server has given up the events never end.
+        attempts = await self.__attempts(details) if steps else {}
         errors = []
         for result in failed:
             error = result.error

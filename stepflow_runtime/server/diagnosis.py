@@ -17,7 +17,7 @@ from ..executor import FlowError
 from ..logs.entry import LogEntry
 from ..wire import NO_REASON
 
-__all__ = ["Failures", "causes", "last_words", "without_ansi"]
+__all__ = ["Failures", "advice", "causes", "last_words", "without_ansi"]
 
 # ECMA-48 control sequences, and operating system commands (titles, links).
 _ANSI: Final = re.compile(
@@ -36,6 +36,12 @@ _TRACEBACK: Final = re.compile(
 )
 _MOST_ENTRIES: Final = 60
 _MOST_ALIKE: Final = 10
+
+# What servers say that were built without a feature.
+_FEATURES: Final = {
+    "PostgreSQL support was not compiled in": "PostgreSQL",
+    "requires the `nats` feature": "NATS",
+}
 
 _STDERR_LINES: Final = 60
 _LOG_LINES: Final = 10
@@ -79,6 +85,21 @@ def last_words(entries: Sequence[LogEntry]) -> str:
         if logged:
             parts.append(_block("the last log lines", logged[-_LOG_LINES:]))
     return "\n".join(parts) or "It printed nothing."
+
+
+def advice(entries: Iterable[LogEntry]) -> str:
+    """What to do about a server that cannot do what its configuration asks for."""
+    for entry in entries:
+        if entry.level == "ERROR":
+            for words, name in _FEATURES.items():
+                if words in entry.message:
+                    return (
+                        f"\nThis stepflow-server was built without {name}, as the one from "
+                        "PyPI is: give one that has it (binary=, or the environment "
+                        "variable STEPFLOW_SERVER_BINARY), or let a server elsewhere run "
+                        "the workflows (StepflowClient)."
+                    )
+    return ""
 
 
 class Failures:

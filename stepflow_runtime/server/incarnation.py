@@ -26,7 +26,7 @@ from ..logs.pump import Pump
 from ..logs.sinks import LogHub
 from ..transport import Transport
 from ..transport.direct import DirectTransport
-from .diagnosis import last_words
+from .diagnosis import advice, last_words
 from .options import Command, ServerOptions
 from .platform import KILLED
 from .process import ServerExit, ServerProcess
@@ -372,4 +372,5 @@ class Incarnation:
             f"the Stepflow server {failure}.{ended}\n"
             f"It was started with {self._options.describe_config()}.\n"
             f"{last_words(exit.recent_logs)}{self._options.describe_logs()}"
+            f"{advice(exit.recent_logs)}"
         )
