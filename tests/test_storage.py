@@ -151,6 +151,7 @@ def test_a_file_that_it_cannot_be_merged_into(tmp_path: Path, text: str) -> None
         ({"storage": "x", "lease": []}, ValueError, "lease"),
         ({"storage": "x", "lease": [7]}, TypeError, r"lease\[0\]"),
         ({"storage": "x", "lease": [*ETCD, "etcd:1"]}, ValueError, r"lease\[1\]"),
+        ({"storage": "x", "lease": ["https://h:2379"]}, ValueError, "TLS"),
         ({"storage": "x", "lease": ["http://h:x"]}, ValueError, r"lease\[0\]"),
         ({"storage": "x", "lease": ["http://u:hush@h"]}, ValueError, "password"),
         ({"storage": "x", "env": {"STEPFLOW_CONFIG": "y"}}, ValueError, "CONFIG"),

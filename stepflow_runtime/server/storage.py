@@ -124,13 +124,14 @@ def check_lease(endpoints: object) -> None:
             raise TypeError(f"lease[{index}] must be a URL, not {endpoint!r}")
         try:
             parts = urlsplit(endpoint)
-            is_good = parts.scheme in ("http", "https") and bool(parts.hostname)
+            is_good = parts.scheme == "http" and bool(parts.hostname)
             parts.port  # noqa: B018 - checked where it is read
         except ValueError:
             is_good = False
         if not is_good:
             raise ValueError(
-                f'lease[{index}] must be a URL like "http://127.0.0.1:2379"'
+                f'lease[{index}] must be a URL like "http://127.0.0.1:2379" (the server '
+                "speaks with etcd without TLS)"
             )
         if parts.username is not None or parts.password is not None:
             raise ValueError(
