@@ -460,7 +460,11 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
 
     @property
     def recycles(self) -> int:
-        """How many times the server was replaced by a fresh one, because it was due."""
+        """How many times the server was replaced by a fresh one, because it was due.
+
+        That is, as ``recycle_after_runs`` or ``recycle_above_memory`` say; or, with a
+        ``lease``, because it had lost that.
+        """
         return self._supervisor.journal.now.recycles
 
     @property

@@ -63,10 +63,12 @@ SAMPLES = [
 def test_a_sample_runs(sample: str, tmp_path: Path) -> None:
     file = tmp_path / "test_sample.py"
     file.write_text(sample)
+    (tmp_path / "docs").symlink_to(ROOT / "docs")  # what it leaves, it leaves elsewhere
     if "import pytest" in sample:
-        done = python("-m", "pytest", "-q", "-p", "no:cacheprovider", str(file))
+        arguments = ("-m", "pytest", "-q", "-p", "no:cacheprovider", str(file))
+        done = python(*arguments, cwd=tmp_path)
     else:
-        done = python(str(file))
+        done = python(str(file), cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout
 

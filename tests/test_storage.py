@@ -59,7 +59,8 @@ def test_all_runs_are_recovered_at_once_and_by_the_start_alone() -> None:
     assert recovery["enabled"] is False
     shared = config_of(storage="runs.db", lease=ETCD)["recovery"]
     assert shared["enabled"] is True
-    assert shared["maxClaimsPerCheck"] >= 1000
+    assert shared["maxClaimsPerCheck"] >= 100_000
+    assert shared["leaseTtlSecs"] > 5  # sqlite's own patience with a writer
 
 
 def test_what_the_configuration_says_of_recovery_stays() -> None:
@@ -150,6 +151,7 @@ def test_a_file_that_it_cannot_be_merged_into(tmp_path: Path, text: str) -> None
         ({"storage": "x", "lease": []}, ValueError, "lease"),
         ({"storage": "x", "lease": [7]}, TypeError, r"lease\[0\]"),
         ({"storage": "x", "lease": [*ETCD, "etcd:1"]}, ValueError, r"lease\[1\]"),
+        ({"storage": "x", "lease": ["https://h:2379"]}, ValueError, "TLS"),
         ({"storage": "x", "lease": ["http://h:x"]}, ValueError, r"lease\[0\]"),
         ({"storage": "x", "lease": ["http://u:hush@h"]}, ValueError, "password"),
         ({"storage": "x", "env": {"STEPFLOW_CONFIG": "y"}}, ValueError, "CONFIG"),
@@ -176,6 +178,14 @@ def test_a_configuration_that_names_a_store_is_not_overruled(
     given = {**DEFAULT_CONFIG, "leaseManager": {"type": "noOp"}}
     with pytest.raises(ValueError, match="lease: .*leaseManager"):
         ServerOptions(config_path=given, storage="runs.db", lease=ETCD)
+
+
+@pytest.mark.parametrize("recovery", [{"leaseTtlSecs": 2}, {"checkIntervalSecs": 0}])
+def test_what_would_break_the_servers_own_loop(recovery: dict[str, int]) -> None:
+    given = {**DEFAULT_CONFIG, "recovery": recovery}
+    with pytest.raises(ValueError, match=f"recovery.{next(iter(recovery))}"):
+        ServerOptions(config_path=given, storage="runs.db", lease=ETCD)
+    ServerOptions(config_path=given, storage="runs.db")
 
 
 # -- what becomes of runs --------------------------------------------------------------
@@ -211,13 +221,14 @@ def test_how_long_runs_live_is_known_from_the_configuration(
     keeping = Keeping.of({"storageConfig": storage})
     assert (keeping.may_outlive, keeping.resumes) == (may_outlive, resumes)
     assert keeping.path == (Path(path) if path else None)
-    assert not keeping.is_shared
+    assert keeping.leases is None
 
 
 def test_a_server_that_recovers_nothing_resumes_nothing() -> None:
     config = {"storageConfig": SQLITE, "recovery": {"maxStartupRecovery": 0}}
     assert not Keeping.of(config).resumes
-    assert Keeping.of(merged({}, Storage.of("x"), ETCD)).is_shared
+    leases = Keeping.of(merged({}, Storage.of("x"), ETCD)).leases
+    assert leases is not None and leases.endpoints == tuple(ETCD)
 
 
 # -- the lock --------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from collections.abc import Awaitable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, Protocol
+from typing import Final
 
 import anyio
 import msgspec
@@ -29,6 +29,7 @@ from ..threads import run_abandonable
 from ..traffic import StoredBlob, Traffic
 from ..transport import Response
 from ..transport.direct import DirectTransport
+from .life import Life, Server
 
 __all__ = ["Limits", "Obstacle", "Recycler", "is_worth_telling", "pause_after"]
 
@@ -124,31 +125,6 @@ def is_worth_telling(obstacle: Obstacle, failures: int) -> bool:
     """Decide whether the user should hear of it: if it is for him to remove, or lasts."""
     is_for_user = obstacle in (Obstacle.RESULTS, Obstacle.BLOBS)
     return is_for_user or failures >= _TRIES_BEFORE_TELLING
-
-
-@dataclass(frozen=True)
-class Life:
-    """One life of the server that is READY."""
-
-    incarnation: int
-    pid: int
-    port: int
-
-
-class Server(Protocol):
-    """What is recycled."""
-
-    async def wait_life(self, after: int) -> Life:
-        """Wait until a life later than that incarnation is READY."""
-        ...
-
-    async def wait_life_over(self, incarnation: int) -> None:
-        """Wait until that life is not READY any more."""
-        ...
-
-    def replace(self, incarnation: int) -> bool:
-        """Have it ended, and another one started; False if it is not READY any more."""
-        ...
 
 
 class Recycler:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 from urllib.parse import quote, unquote, urlsplit
 
-__all__ = ["Keeping", "Storage", "check_lease", "merged"]
+__all__ = ["Keeping", "Leases", "Storage", "check_lease", "merged"]
 
 # The server's own limits are 100 at the start, and then 10 every 30 s: of 1,000 runs that
 # a crash interrupted, the last would go on after three quarters of an hour.
@@ -24,14 +24,24 @@ _ALL: Final = 1_000_000
 # later: without leases, it takes runs that have just begun for some, and runs them twice.
 _ALONE: Final = {"enabled": False, "maxStartupRecovery": _ALL}
 
-# With leases the orphans are a neighbour's.
+# With leases the orphans are a neighbour's. The server counts its own runs among those
+# that it may claim, so that fewer than all could be none. A server whose lease has expired
+# loses its runs while they are under way: it must last longer than sqlite's wait for a
+# writer that is stuck, which is 5 s.
 _SHARED: Final = {
     "enabled": True,
     "maxStartupRecovery": _ALL,
-    "maxClaimsPerCheck": 1000,
+    "maxClaimsPerCheck": _ALL,
     "checkIntervalSecs": 1,
-    "leaseTtlSecs": 5,
+    "leaseTtlSecs": 10,
 }
+
+# With less, the server's own loop panics at its start, and nothing is ever taken over: it
+# renews the lease each third of it, in whole seconds.
+_LEAST: Final = {"leaseTtlSecs": 3, "checkIntervalSecs": 1}
+
+_SERVERS_TTL: Final = 30
+_SERVERS_PREFIX: Final = "/stepflow/leases"
 
 _POSTGRES: Final = ("postgresql", "postgres")
 _SQLITE: Final = "sqlite:"
@@ -114,13 +124,14 @@ def check_lease(endpoints: object) -> None:
             raise TypeError(f"lease[{index}] must be a URL, not {endpoint!r}")
         try:
             parts = urlsplit(endpoint)
-            is_good = parts.scheme in ("http", "https") and bool(parts.hostname)
+            is_good = parts.scheme == "http" and bool(parts.hostname)
             parts.port  # noqa: B018 - checked where it is read
         except ValueError:
             is_good = False
         if not is_good:
             raise ValueError(
-                f'lease[{index}] must be a URL like "http://127.0.0.1:2379"'
+                f'lease[{index}] must be a URL like "http://127.0.0.1:2379" (the server '
+                "speaks with etcd without TLS)"
             )
         if parts.username is not None or parts.password is not None:
             raise ValueError(
@@ -159,9 +170,52 @@ def merged(
         together["leaseManager"] = {"type": "etcd", "endpoints": list(lease)}
     given = config.get("recovery")
     if given is None or isinstance(given, Mapping):
-        fitting = _SHARED if _has_leases(together) else _ALONE
-        together["recovery"] = {**fitting, **(given or {})}
+        is_shared = Leases.of(together) is not None
+        fitting = _SHARED if is_shared else _ALONE
+        together["recovery"] = recovery = {**fitting, **(given or {})}
+        if is_shared:
+            _check_recovery(recovery)
     return together
+
+
+def _check_recovery(recovery: Mapping[str, Any]) -> None:
+    for name, least in _LEAST.items():
+        value = recovery[name]
+        if isinstance(value, int) and value < least:
+            raise ValueError(
+                f"lease: recovery.{name} in the configuration is {value}, and with less "
+                f"than {least} the server takes nothing over"
+            )
+
+
+@dataclass(frozen=True)
+class Leases:
+    """By what servers share a store.
+
+    :ivar endpoints: of the etcd that has the leases
+    :ivar prefix: of their keys there
+    :ivar ttl: for how many seconds one lasts that is not renewed
+    """
+
+    endpoints: tuple[str, ...]
+    prefix: str = _SERVERS_PREFIX
+    ttl: float = _SERVERS_TTL
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Self | None:
+        """What a configuration says; None if each server is alone."""
+        leases = config.get("leaseManager")
+        if not isinstance(leases, Mapping) or leases.get("type") in (None, "noOp"):
+            return None
+        endpoints = leases.get("endpoints")
+        given = endpoints if isinstance(endpoints, list | tuple) else ()
+        prefix, recovery = leases.get("key_prefix"), config.get("recovery")
+        ttl = recovery.get("leaseTtlSecs") if isinstance(recovery, Mapping) else None
+        return cls(
+            endpoints=tuple(each for each in given if isinstance(each, str)),
+            prefix=prefix if isinstance(prefix, str) else _SERVERS_PREFIX,
+            ttl=ttl if isinstance(ttl, int) else _SERVERS_TTL,
+        )
 
 
 @dataclass(frozen=True)
@@ -171,13 +225,13 @@ class Keeping:
     :ivar may_outlive: whether something may outlive the server; False only if it is sure
     :ivar resumes: whether it is sure that runs go on after the server was restarted
     :ivar path: the sqlite file in which the runs are, if they are in one
-    :ivar is_shared: whether other servers may use the store at the same time
+    :ivar leases: by what other servers may use the store at the same time; None: not at all
     """
 
     may_outlive: bool = True
     resumes: bool = False
     path: Path | None = None
-    is_shared: bool = False
+    leases: Leases | None = None
 
     @classmethod
     def of(cls, config: object) -> Self:
@@ -190,7 +244,7 @@ class Keeping:
             may_outlive=any(map(_may_outlive, stores)),
             resumes=all(map(_is_durable, stores)) and _recovers(config.get("recovery")),
             path=journal if journal == _sqlite_path(stores[0]) else None,
-            is_shared=_has_leases(config),
+            leases=Leases.of(config),
         )
 
 
@@ -241,8 +295,3 @@ def _sqlite_path(store: object) -> Path | None:
 
 def _recovers(recovery: object) -> bool:
     return not isinstance(recovery, Mapping) or recovery.get("maxStartupRecovery") != 0
-
-
-def _has_leases(config: Mapping[str, Any]) -> bool:
-    leases = config.get("leaseManager")
-    return isinstance(leases, Mapping) and leases.get("type") != "noOp"

@@ -47,6 +47,7 @@ from .binary import find_binary
 from .diagnosis import last_words
 from .guard import MARK
 from .incarnation import Incarnation
+from .life import Life
 from .options import Command, ServerOptions
 from .process import LONGEST_KILL, ServerExit
 from .state import Journal, RuntimeState
@@ -54,7 +55,7 @@ from .storage import Keeping
 from .store import Store
 
 if TYPE_CHECKING:
-    from .recycling import Life, Recycler
+    from .recycling import Recycler
 
 __all__ = ["Ready", "Supervisor"]
 
@@ -330,12 +331,10 @@ class Supervisor:
             exit=last_end,
         )
 
-    # -- what a recycler needs -------------------------------------------------------
+    # -- what those need who have it replaced -------------------------------------------------------
 
     async def wait_life(self, after: int) -> Life:
         """Wait until a life later than that incarnation is READY."""
-        from .recycling import Life
-
         while (ready := self.ready) is None or ready.incarnation <= after:
             await self.journal.wait_until(lambda: self._is_later(after))
         pid = self.journal.now.pid
@@ -372,7 +371,7 @@ class Supervisor:
                 async with quiet_task_group() as care:
                     if self._recycler is not None:
                         care.start_soon(self._recycler.work)
-                    await self._supervise(tasks)
+                    await self._supervise(tasks, care)
         finally:
             self.stop_serving()
             try:
@@ -412,9 +411,14 @@ class Supervisor:
             return self._stop_within
         return self._options.shutdown_timeout
 
-    async def _supervise(self, tasks: TaskGroup) -> None:
+    async def _supervise(self, tasks: TaskGroup, care: TaskGroup) -> None:
         try:
             binary = await self._prepare()
+            if (leases := self.keeping.leases) is not None:
+                from .lease import LeaseWatch  # most programs do without
+
+                watch = LeaseWatch(leases, self._orchestrator_id, self)
+                care.start_soon(watch.work)
             exit = await self._incarnate(binary)
         except ServerStartError as exc:
             self._fail(partial(_again, exc))
@@ -482,8 +486,9 @@ class Supervisor:
         path, owner = keeping.path, None
         if path is not None:
             may_create = options.storage is not None
-            owner = self.store.take(path, shared=keeping.is_shared, create=may_create)
-        if path is None or keeping.is_shared:
+            shared = keeping.leases is not None
+            owner = self.store.take(path, shared=shared, create=may_create)
+        if path is None or keeping.leases is not None:
             return f"stepflow-runtime-{uuid.uuid4()}"
         return owner or f"stepflow-runtime-{uuid.uuid5(uuid.NAMESPACE_URL, str(path))}"
 
