@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .errors import ServerFaultError as ServerFaultError
     from .errors import ServerStartError as ServerStartError
     from .errors import StepflowError as StepflowError
+    from .errors import SubmitInterruptedError as SubmitInterruptedError
     from .errors import UnrepresentableValueError as UnrepresentableValueError
     from .errors import UnsupportedServerError as UnsupportedServerError
     from .events import ItemCompleted as ItemCompleted
@@ -94,6 +95,7 @@ _PLACES = {
         "ServerFaultError",
         "ServerStartError",
         "StepflowError",
+        "SubmitInterruptedError",
         "UnrepresentableValueError",
         "UnsupportedServerError",
     ),

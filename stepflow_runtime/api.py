@@ -41,6 +41,7 @@ from .arguments import (
     check_count,
     check_flag,
     check_max_concurrent,
+    check_on_unknown,
     check_text,
     check_timeout,
     check_uuid,
@@ -48,11 +49,13 @@ from .arguments import (
 from .crew import Crew, Kind
 from .errors import (
     ApiError,
+    ConnectionLostError,
     InvalidFlowError,
     InvalidRequestError,
     NotFoundError,
     RunTimeoutError,
     StepflowError,
+    SubmitInterruptedError,
     UnrepresentableValueError,
     UnsupportedServerError,
 )
@@ -66,6 +69,7 @@ from .executor import (
     FlowSource,
     FlowVariable,
     Health,
+    OnUnknown,
     Overrides,
     RunInfo,
     StepInfo,
@@ -110,6 +114,10 @@ _RUNS: Final = f"{wire.API}/runs"
 
 # How often a flow is stored for one run, where servers forget it.
 _MOST_STORES: Final = 3
+
+# How often a run is sent that may be sent again. A run that ends its server must not end one
+# after the other.
+_MOST_SUBMITS: Final = 3
 
 # Of a failed run with more items than this nobody reads all events to count attempts.
 _COUNTED_ITEMS: Final = 100
@@ -184,6 +192,7 @@ class ApiExecutor(ABC):
         variables: Variables | None = None,
         variables_from_env: bool = False,
         timeout: float | None = None,
+        on_unknown: OnUnknown = "raise",
     ) -> FlowResult:
         """Run a workflow and wait for its end, however long it takes.
 
@@ -204,6 +213,10 @@ class ApiExecutor(ABC):
             not given in ``variables``. Their text counts as JSON if it is, else as a string
         :param timeout: seconds after which the run is given up and cancelled on the
             server; None: never
+        :param on_unknown: what follows if the connection broke after the run had been sent,
+            so that nobody knows whether the server took it. ``"raise"``: a
+            :exc:`SubmitInterruptedError`. ``"resubmit"``: it is sent again, some times, and
+            may run twice
         :return: how it ended; a flow that failed is a result too
         :raises FlowDefinitionError: if the workflow cannot be read or is not valid
         :raises UnrepresentableValueError: if input, overrides or variables hold something
@@ -211,8 +224,10 @@ class ApiExecutor(ABC):
         :raises TypeError: if an argument is of the wrong kind
         :raises RunTimeoutError: if ``timeout`` seconds were over first
         :raises ApiError: if the server refuses the run
-        :raises ConnectionLostError: if the connection broke, so that nobody knows what
-            became of the run
+        :raises SubmitInterruptedError: if the connection broke after the run had been sent,
+            so that nobody knows whether the server took it
+        :raises ConnectionLostError: if the connection broke otherwise, and was not to be
+            had again
         :raises RunLostError: if an embedded server died meanwhile, and is being restarted
         :raises ServerCrashedError: if it died and is not restarted
         :raises RuntimeStoppedError: if the runtime is not running
@@ -232,6 +247,7 @@ class ApiExecutor(ABC):
                     variables,
                     variables_from_env=variables_from_env,
                     wait=_FIRST_WAIT,
+                    on_unknown=on_unknown,
                 )
                 self.__traffic.took(1, generation)
                 summary = answer.summary
@@ -263,6 +279,7 @@ class ApiExecutor(ABC):
         variables: Variables | None = None,
         variables_from_env: bool = False,
         timeout: float | None = None,
+        on_unknown: OnUnknown = "raise",
     ) -> str:
         """Start a run, and return its id without waiting for its end.
 
@@ -279,6 +296,7 @@ class ApiExecutor(ABC):
                     overrides,
                     variables,
                     variables_from_env=variables_from_env,
+                    on_unknown=on_unknown,
                 )
             run_id = answer.summary.run_id
             self.__traffic.took(1, generation, run_id)
@@ -321,6 +339,7 @@ class ApiExecutor(ABC):
         variables: Variables | None = None,
         variables_from_env: bool = False,
         timeout: float | None = None,
+        on_unknown: OnUnknown = "raise",
     ) -> str:
         """Start one run with many inputs, and return its id without waiting for its end.
 
@@ -344,6 +363,7 @@ class ApiExecutor(ABC):
                     variables,
                     variables_from_env=variables_from_env,
                     max_concurrent=max_concurrent,
+                    on_unknown=on_unknown,
                 )
             batch_id = answer.summary.run_id
             self.__traffic.took(len(items), generation, batch_id)
@@ -407,6 +427,7 @@ class ApiExecutor(ABC):
         variables: Variables | None = None,
         variables_from_env: bool = False,
         timeout: float | None = None,
+        on_unknown: OnUnknown = "raise",
     ) -> RunMany:
         """Run a workflow on each input, and yield ``(index, result)`` as they end.
 
@@ -431,6 +452,7 @@ class ApiExecutor(ABC):
             variables=variables,
             variables_from_env=variables_from_env,
             timeout=timeout,
+            on_unknown=on_unknown,
         )
         return RunMany(run, as_inputs(inputs), max_concurrent, self.__crew, self._gone)
 
@@ -768,6 +790,35 @@ class ApiExecutor(ABC):
                 status=health.status,
             )
 
+    def _next_wait(self, waited: float) -> int:
+        """For how many seconds a server is asked next to wait for a run's end.
+
+        :param waited: seconds that were waited so far
+        """
+        return _NEXT_WAIT
+
+    async def _send_run(
+        self, body: bytes, held: float, heir: Heir, on_unknown: OnUnknown
+    ) -> Response:
+        """Have the server take a run, and return its answer.
+
+        Here is decided what follows where nobody knows whether it took it.
+
+        :raises SubmitInterruptedError: if that is what the caller is to hear
+        """
+        unknown: ConnectionLostError | None = None
+        for _ in range(_MOST_SUBMITS if on_unknown == "resubmit" else 1):
+            try:
+                return await self._request("POST", _RUNS, body, held=held, heir=heir)
+            except ConnectionLostError as exc:
+                # What did not arrive now may have arrived the time before.
+                if exc.unsent and unknown is None:
+                    raise
+                unknown = exc
+        raise SubmitInterruptedError(
+            f"nobody knows whether the server took the run: {unknown}"
+        ) from unknown
+
     async def _logs_of_failures(
         self, run_id: str, since: datetime | None, errors: Sequence[FlowError]
     ) -> list[tuple[LogEntry, ...]]:
@@ -893,9 +944,11 @@ class ApiExecutor(ABC):
         variables_from_env: bool,
         max_concurrent: int | None = None,
         wait: int = 0,
+        on_unknown: OnUnknown,
     ) -> tuple[wire.RunAnswer, int | None]:
         """Start a run. Whoever is cancelled in here has it cancelled on the server."""
         check_flag("variables_from_env", variables_from_env)
+        check_on_unknown(on_unknown)
         overrides = as_overrides(overrides)
         variables = as_variables(variables)
         for attempt in range(_MOST_STORES):
@@ -911,8 +964,8 @@ class ApiExecutor(ABC):
                 wait=wait,
             )
             try:
-                response = await self._request(
-                    "POST", _RUNS, body, held=wait, heir=self.__cancel_what_began
+                response = await self._send_run(
+                    body, wait, self.__cancel_what_began, on_unknown
                 )
                 answer = await self.__decoded(
                     wire.decode_run, response, "POST", "/runs", {"flow_id": flow_id}
@@ -952,13 +1005,14 @@ class ApiExecutor(ABC):
         self, run_id: str, generation: int | None = None
     ) -> tuple[wire.RunDetails, int | None]:
         path = f"/runs/{as_segment('run_id', run_id)}"
-        path += wire.query(wait=True, timeoutSecs=_NEXT_WAIT)
+        began = anyio.current_time()
         while True:
+            seconds = self._next_wait(anyio.current_time() - began)
             details, generation = await self.__ask_whom(
                 wire.decode_run_details,
                 "GET",
-                path,
-                held=_NEXT_WAIT,
+                path + wire.query(wait=True, timeoutSecs=seconds),
+                held=seconds,
                 generation=generation,
                 run_id=run_id,
             )

@@ -28,6 +28,7 @@ __all__ = [
     "check_count",
     "check_flag",
     "check_max_concurrent",
+    "check_on_unknown",
     "check_text",
     "check_timeout",
     "check_uuid",
@@ -116,6 +117,11 @@ def check_count(name: str, number: object, *, least: int) -> None:
 def check_flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, not {value!r}")
+
+
+def check_on_unknown(value: object) -> None:
+    if value not in ("raise", "resubmit"):
+        raise ValueError(f'on_unknown must be "raise" or "resubmit", not {value!r}')
 
 
 def check_text(name: str, value: object) -> None:

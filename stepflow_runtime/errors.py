@@ -45,6 +45,7 @@ __all__ = [
     "ServerFaultError",
     "ServerStartError",
     "StepflowError",
+    "SubmitInterruptedError",
     "UnrepresentableValueError",
     "UnsupportedServerError",
 ]
@@ -285,6 +286,21 @@ class ConnectionLostError(StepflowError):
     def __init__(self, message: str, *, unsent: bool = False) -> None:
         super().__init__(message)
         self.unsent = unsent
+
+
+class SubmitInterruptedError(ConnectionLostError):
+    """Nobody knows whether the server took the run: the connection broke after it was sent.
+
+    The server tells a run's id only in its answer, and takes none from its client; so it
+    cannot be asked. What to do depends on the workflow:
+
+    * If it may run twice, submit it again, or have that done: ``on_unknown="resubmit"``.
+    * If not, look whether it is there: give runs a mark of their own, such as a workflow's
+      name or an id in the input, and look for it by ``list_runs(flow_name=...)``, or where
+      the workflow leaves its traces.
+
+    A run that the server did take goes on, and is not cancelled.
+    """
 
 
 # Tracebacks name exceptions as users import them. Other classes keep the module that they
