@@ -63,7 +63,8 @@ class Servers:
         now = self._clock()
         at = self.all.index(self.favourite)
         ring = self.all[at:] + self.all[:at]
-        return sorted(ring, key=lambda server: server.unwell_until > now)
+        # Of those with a penalty, who has failed longest ago has had most time to recover.
+        return sorted(ring, key=lambda server: max(server.unwell_until - now, 0.0))
 
     def answered(self, server: Server) -> None:
         """It is well; and kept to, unless another one is, and is well."""
