@@ -20,7 +20,7 @@ import tempfile
 import threading
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import anyio
 
@@ -193,10 +193,6 @@ def _copy(store: Path, part: Path, is_given_up: threading.Event) -> None:
             "on it, copy the file together with those beside it: -wal and -shm"
         ) from exc
 
-    def look_up(*_: Any) -> None:
-        if is_given_up.is_set():
-            raise _GivenUpError
-
     try:
         with (
             closing(_opened(store, "ro")) as source,
@@ -210,9 +206,15 @@ def _copy(store: Path, part: Path, is_given_up: threading.Event) -> None:
             # It is made durable as a whole, when it is complete.
             copy.execute("PRAGMA synchronous = OFF")
             copy.execute("PRAGMA journal_mode = OFF")
-            source.backup(copy, pages=_PAGES, progress=look_up)
+            source.backup(copy, pages=_PAGES, progress=lambda *_: _go_on(is_given_up))
     except sqlite3.Error as exc:
         raise BackupError(f"{store} cannot be copied: {exc}") from exc
+
+
+def _go_on(is_given_up: threading.Event) -> None:
+    """Called between two steps."""
+    if is_given_up.is_set():
+        raise _GivenUpError
 
 
 def _opened(path: Path, mode: str) -> sqlite3.Connection:

@@ -71,6 +71,7 @@ _SINCE_0_12: Final = "007_create_step_statuses_table"
 
 _LEDGER: Final = "_stepflow_migrations"
 _MAGIC: Final = b"SQLite format 3\0"
+_SMALLEST: Final = 512  # sqlite's smallest page
 
 # Up to 0.12, columns of times are declared DATETIME, which 0.13 refuses to read; in its own
 # stores they are TEXT, with the same text in them, which 0.12 reads, too. No migration was
@@ -172,6 +173,10 @@ def _look_at_file(path: Path) -> bool:
         )
     if status.st_size == 0:
         return False
+    if (
+        status.st_size < _SMALLEST
+    ):  # of a single byte, sqlite would say that it is empty
+        raise ServerStartError(f"storage: {path} {_NO_DATABASE}")
     if not os.access(path, os.R_OK | os.W_OK):
         raise ServerStartError(
             f"storage: {path} is not readable and writable for this user; a server has to "
@@ -346,6 +351,8 @@ def _translated(path: Path) -> Iterator[None]:
             f"storage: {path} was written by a server 0.12, and this Python has no sqlite3 "
             f"to upgrade it with ({exc}); start it once with a Python that has"
         ) from exc
+    except ServerStartError:
+        raise
     except Exception as exc:
         if not (words := _words(exc)):
             raise
