@@ -156,6 +156,7 @@ def test_the_public_names_are_these() -> None:
     assert public_names() == [
         "AccessDeniedError",
         "ApiError",
+        "BackupError",
         "BinaryNotFoundError",
         "ComponentInfo",
         "ComponentList",
@@ -212,6 +213,7 @@ def test_the_public_names_are_these() -> None:
         "UnrepresentableValueError",
         "UnsupportedServerError",
         "ValidationResult",
+        "backup_store",
     ]
 
 
