@@ -429,6 +429,30 @@ async def test_a_cancelled_copy_leaves_nothing(
     assert is_whole(copy)
 
 
+def test_writes_neither_wait_for_a_copy_nor_make_it_begin_again(
+    store: Path, between_steps: Callable[[Interlude], None]
+) -> None:
+    ((pages,),) = rows(store, "PRAGMA page_count")
+    names = "SELECT name FROM _stepflow_migrations"
+    before = rows(store, names)
+    steps = 0
+
+    def interlude(_: threading.Event) -> None:
+        nonlocal steps
+        steps += 1
+        assert steps <= pages, "it begins again and again"
+        with closing(sqlite3.connect(store, timeout=0)) as database:
+            database.execute(f"INSERT INTO _stepflow_migrations VALUES ({steps}, '')")
+            database.commit()
+
+    between_steps(interlude)
+    asyncio.run(backup_store(store, copy := store.with_name("copy.db")))
+    assert pages / 2 < steps
+    assert is_whole(copy)
+    assert rows(copy, names) == before
+    assert len(rows(store, names)) == len(before) + steps
+
+
 def test_what_comes_to_be_there_meanwhile_is_not_replaced(
     store: Path, between_steps: Callable[[Interlude], None]
 ) -> None:
