@@ -93,6 +93,7 @@ def _back_up(
 ) -> None:
     try:
         store, target = store.absolute(), target.absolute()
+        _check_sqlite3()
         _check_target(store, target, overwrite)
         part = _new_part(target)
         try:
@@ -132,13 +133,30 @@ def _check_target(store: Path, target: Path, overwrite: bool) -> None:
             )
         if target.is_dir():
             raise IsADirectoryError(f"{target} is a directory; name a file in it")
-    for end in _COMPANIONS:
-        if os.path.lexists(f"{target}{end}"):
-            # sqlite would take the log of the old file for one of the new.
-            raise BackupError(
-                f"{target} cannot be replaced: {target}{end} says that it is in use as a "
-                "store, or was when its server was killed. Choose another name"
-            )
+    if overwrite and _companions(target):
+        _settle(target)
+    if companions := _companions(target):
+        # sqlite would take the log of the old file for one of the new.
+        raise BackupError(
+            f"{target} cannot be replaced, since it is in use as a store: {companions[0]} "
+            "is there. Choose another name"
+        )
+
+
+def _companions(path: Path) -> list[str]:
+    names = [f"{path}{end}" for end in _COMPANIONS]
+    return [name for name in names if os.path.lexists(name)]
+
+
+def _settle(target: Path) -> None:
+    """Have sqlite clear up beside a file to be replaced; it does unless that is in use.
+
+    A server leaves its log when it ends, in good order or not.
+    """
+    import sqlite3
+
+    with suppress(sqlite3.Error), closing(_opened(target, "rw")) as database:
+        database.execute("SELECT * FROM sqlite_master").fetchall()
 
 
 def _new_part(target: Path) -> Path:
@@ -184,14 +202,18 @@ def _remove(part: Path) -> None:
 # -- with sqlite -----------------------------------------------------------------------
 
 
-def _copy(store: Path, part: Path, is_given_up: threading.Event) -> None:
+def _check_sqlite3() -> None:
     try:
-        import sqlite3  # takes some milliseconds to come; not every Python has it
+        import sqlite3  # noqa: F401 - takes some milliseconds; not every Python has it
     except ImportError as exc:
         raise BackupError(
             f"this Python has no sqlite3 ({exc}), which copies a store. With nobody at work "
             "on it, copy the file together with those beside it: -wal and -shm"
         ) from exc
+
+
+def _copy(store: Path, part: Path, is_given_up: threading.Event) -> None:
+    import sqlite3
 
     try:
         with (

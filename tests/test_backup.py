@@ -8,6 +8,7 @@ import logging
 import os
 import resource
 import shutil
+import signal
 import sqlite3
 import stat
 import threading
@@ -23,6 +24,7 @@ from stepflow_runtime import (
     BackupError,
     LogConfig,
     RunStatus,
+    ServerCrashedError,
     ServerStartError,
     StepflowRuntime,
     backup,
@@ -480,16 +482,34 @@ def test_a_file_is_replaced_if_that_is_asked_for(store: Path) -> None:
     assert stat.S_IMODE(copy.stat().st_mode) == 0o600
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_store_in_use_is_never_replaced(store: Path, overwrite: bool) -> None:
-    """Nor one whose server was killed: sqlite would add its log to the copy."""
+@pytest.mark.anyio
+@each_backend
+async def test_a_store_in_use_is_never_replaced(store: Path) -> None:
+    """sqlite would add its log to the copy. One that was in use is."""
+    other = store.with_name("other.db")
+    await backup_store(store, other)
+    async with StepflowRuntime.start(storage=other, log_config=QUIET) as runtime:
+        run = (await runtime.run(ECHO, 1)).run_id
+        with pytest.raises(BackupError, match=r"it is in use as a store: .*other\.db-"):
+            await backup_store(store, other, overwrite=True)
+        assert (await runtime.get_result(run)).output == 1
+        assert runtime.pid is not None
+        os.kill(runtime.pid, signal.SIGKILL)
+        with pytest.raises(ServerCrashedError):
+            await runtime.get_run(run)
+    assert "other.db-wal" in beside(store)
+    await backup_store(store, other, overwrite=True)
+    assert is_whole(other)
+    assert run not in {each for (each,) in rows(other, "SELECT id FROM runs")}
+
+
+def test_a_copy_is_not_put_beside_the_log_of_another(store: Path) -> None:
     target = store.with_name("other.db")
     Path(f"{target}-wal").write_text("what is not in the file yet")
-    if overwrite:
-        target.write_text("a store")
-    with pytest.raises(BackupError, match=r"other.db-wal says that it is in use"):
-        asyncio.run(backup_store(store, target, overwrite=overwrite))
-    assert target.exists() == overwrite
+    for overwrite in (False, True):
+        with pytest.raises(BackupError, match=r"other\.db-wal is there"):
+            asyncio.run(backup_store(store, target, overwrite=overwrite))
+        assert not target.exists()
 
 
 def unnamed(store: Path) -> None:
