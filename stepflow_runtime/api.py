@@ -25,10 +25,8 @@ from types import TracebackType
 from typing import (
     Any,
     Final,
-    Literal,
     NoReturn,
     Self,
-    TypeAlias,
     TypeVar,
     TypeVarTuple,
     Unpack,
@@ -80,6 +78,7 @@ from .executor import (
     FlowSource,
     FlowVariable,
     Health,
+    OnUnknown,
     Overrides,
     RunInfo,
     StepInfo,
@@ -94,9 +93,7 @@ from .representable import SIXTY_FOUR_BITS, representable
 from .traffic import FREE, FreeTraffic, Hold, StoredBlob
 from .transport import NO_HEADERS, Heir, Response, Stream
 
-__all__ = ["ApiExecutor", "OnUnknown", "SubmitMark"]
-
-OnUnknown: TypeAlias = Literal["raise", "resubmit"]
+__all__ = ["ApiExecutor", "SubmitMark"]
 
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
@@ -127,8 +124,9 @@ _RUNS: Final = f"{wire.API}/runs"
 # How often a flow is stored for one run, where servers forget it.
 _MOST_STORES: Final = 3
 
-# How often a run is submitted again, if it may be submitted twice.
-_MOST_RESUBMITS: Final = 3
+# How often a run is submitted again, if it may be submitted twice. A run that ends its
+# server must not end one after the other.
+_MOST_RESUBMITS: Final = 2
 
 # Of a failed run with more items than this nobody reads all events to count attempts.
 _COUNTED_ITEMS: Final = 100
@@ -219,8 +217,8 @@ class ApiExecutor(ABC):
         *,
         variables: Variables | None = None,
         variables_from_env: bool = False,
-        on_unknown: OnUnknown = "raise",
         timeout: float | None = None,
+        on_unknown: OnUnknown = "raise",
     ) -> FlowResult:
         """Run a workflow and wait for its end, however long it takes.
 
@@ -275,8 +273,8 @@ class ApiExecutor(ABC):
                     overrides,
                     variables,
                     variables_from_env=variables_from_env,
-                    on_unknown=on_unknown,
                     wait=_FIRST_WAIT,
+                    on_unknown=on_unknown,
                 )
                 self.__traffic.took(1, generation)
                 summary = answer.summary
@@ -307,8 +305,8 @@ class ApiExecutor(ABC):
         *,
         variables: Variables | None = None,
         variables_from_env: bool = False,
-        on_unknown: OnUnknown = "raise",
         timeout: float | None = None,
+        on_unknown: OnUnknown = "raise",
     ) -> str:
         """Start a run, and return its id without waiting for its end.
 
@@ -367,8 +365,8 @@ class ApiExecutor(ABC):
         *,
         variables: Variables | None = None,
         variables_from_env: bool = False,
-        on_unknown: OnUnknown = "raise",
         timeout: float | None = None,
+        on_unknown: OnUnknown = "raise",
     ) -> str:
         """Start one run with many inputs, and return its id without waiting for its end.
 
@@ -391,8 +389,8 @@ class ApiExecutor(ABC):
                     overrides,
                     variables,
                     variables_from_env=variables_from_env,
-                    on_unknown=on_unknown,
                     max_concurrent=max_concurrent,
+                    on_unknown=on_unknown,
                 )
             batch_id = answer.summary.run_id
             self.__traffic.took(len(items), generation, batch_id)
@@ -455,8 +453,8 @@ class ApiExecutor(ABC):
         *,
         variables: Variables | None = None,
         variables_from_env: bool = False,
-        on_unknown: OnUnknown = "raise",
         timeout: float | None = None,
+        on_unknown: OnUnknown = "raise",
     ) -> RunMany:
         """Run a workflow on each input, and yield ``(index, result)`` as they end.
 
@@ -820,6 +818,13 @@ class ApiExecutor(ABC):
                 status=health.status,
             )
 
+    def _next_wait(self, waited: float) -> int:
+        """For how many seconds a server is asked next to wait for a run's end.
+
+        :param waited: seconds that were waited so far
+        """
+        return _NEXT_WAIT
+
     async def _logs_of_failures(
         self, run_id: str, since: datetime | None, errors: Sequence[FlowError]
     ) -> list[tuple[LogEntry, ...]]:
@@ -956,6 +961,7 @@ class ApiExecutor(ABC):
         if (mark := self._mark_submit()) is not None:
             heir = partial(self.__cancel_what_began, mark=mark)
         stores = resubmits = 0
+        unknown: SubmitInterruptedError | None = None
         while True:
             flow_id = flow if type(flow) is FlowId else await self.__store(flow)
             if variables_from_env:
@@ -988,13 +994,17 @@ class ApiExecutor(ABC):
                 raise
             except ConnectionLostError as exc:
                 if exc.unsent:
-                    raise
+                    if unknown is None:
+                        raise
+                    # What did not arrive now may have arrived the time before.
+                    raise unknown from exc
                 try:
                     found = await self.__what_began(mark, exc, heir)
-                except SubmitInterruptedError:
+                except SubmitInterruptedError as interruption:
                     resubmits += 1
                     if on_unknown == "raise" or resubmits > _MOST_RESUBMITS:
                         raise
+                    unknown = interruption
                 else:
                     if found is not None:
                         return found
@@ -1042,13 +1052,14 @@ class ApiExecutor(ABC):
         self, run_id: str, generation: int | None = None
     ) -> tuple[wire.RunDetails, int | None]:
         path = f"/runs/{as_segment('run_id', run_id)}"
-        path += wire.query(wait=True, timeoutSecs=_NEXT_WAIT)
+        began = anyio.current_time()
         while True:
+            seconds = self._next_wait(anyio.current_time() - began)
             details, generation = await self.__ask_whom(
                 wire.decode_run_details,
                 "GET",
-                path,
-                held=_NEXT_WAIT,
+                path + wire.query(wait=True, timeoutSecs=seconds),
+                held=seconds,
                 generation=generation,
                 run_id=run_id,
             )

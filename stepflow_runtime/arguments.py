@@ -119,11 +119,9 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False, not {value!r}")
 
 
-def check_on_unknown(on_unknown: object) -> None:
-    if on_unknown not in ("raise", "resubmit"):
-        raise ValueError(
-            f'on_unknown must be "raise" or "resubmit", not {on_unknown!r}'
-        )
+def check_on_unknown(value: object) -> None:
+    if value not in ("raise", "resubmit"):
+        raise ValueError(f'on_unknown must be "raise" or "resubmit", not {value!r}')
 
 
 def check_text(name: str, value: object) -> None:

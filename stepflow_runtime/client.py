@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import base64
 import random
+import time
 import weakref
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -25,6 +27,7 @@ from .api import ApiExecutor
 from .arguments import check_timeout
 from .crew import Crew
 from .errors import ConnectionLostError, StepflowError
+from .failover import Server, Servers
 from .groups import quiet_task_group
 from .transport import NO_HEADERS, Heir, Response, Stream, Transport
 from .transport.direct import DirectTransport
@@ -42,6 +45,15 @@ _PAUSES: Final = (0.1, 0.2, 0.5, 1.0, 2.0)
 
 # What proxies answer for a server that is not there just now.
 _NOT_NOW: Final = frozenset({429, 502, 503, 504})
+
+# Seconds for which one of several servers is asked to wait for a run's end: about a quarter of
+# what was waited so far, within these. A server wakes who waits for the runs that it has itself;
+# where another one has the run, the end is heard of when the wait is over.
+_SHORTEST_WAIT: Final = 1
+_LONGEST_WAIT: Final = 5
+
+# How long a connection may take to be made. A machine that is gone answers nothing at all.
+_CONNECTING: Final = 5.0
 
 # How long leaving the client waits for runs to be cancelled whose callers have gone.
 _LAST_ERRANDS: Final = 3.0
@@ -78,36 +90,55 @@ class StepflowClient(ApiExecutor, AsyncContextManagerMixin):
 
     def __init__(
         self,
-        url: str,
+        url: str | Sequence[str],
         *,
         headers: Mapping[str, str] | None = None,
         timeout: float | None = None,
         http_client: httpx.AsyncClient | None = None,
     ) -> None:
-        self._address = _Address.of(url)
+        addresses = _addresses(url)
         crew = Crew(may_hire=True)
         seconds = _TIMEOUT if timeout is None else timeout
         check_timeout(seconds)
-        transport = _transport(
-            self._address,
-            {**self._address.authorization, **_checked_headers(headers)},
-            seconds,
-            crew,
-            http_client,
+        checked = _checked_headers(headers)
+        servers = Servers(
+            [
+                Server(
+                    address.url,
+                    address.prefix,
+                    _transport(
+                        address,
+                        {**address.authorization, **checked},
+                        seconds,
+                        crew,
+                        http_client,
+                        connecting=_CONNECTING if len(addresses) > 1 else None,
+                    ),
+                )
+                for address in addresses
+            ]
         )
         self._crew = crew
-        self._transport = transport
+        self._timeout = seconds
+        self._servers = servers
         self._needs_entering = http_client is not None
         self._is_closed = False
-        self._is_known = False
         # Of a client that nobody has closed: its thread, its connections.
-        weakref.finalize(self, crew.retire, transport.close).atexit = False
+        weakref.finalize(self, crew.retire, servers.close).atexit = False
         super().__init__(crew)
 
     @property
     def url(self) -> str:
-        """The server's address, without credentials and without a slash at the end."""
-        return self._address.url
+        """The server's address, without credentials and without a slash at the end.
+
+        Of several servers that of the one that is asked first just now.
+        """
+        return self._servers.favourite.url
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The addresses of all servers, in the order in which they were given."""
+        return tuple(server.url for server in self._servers.all)
 
     async def aclose(self) -> None:
         """Close all connections; calls under way fail.
@@ -118,18 +149,18 @@ class StepflowClient(ApiExecutor, AsyncContextManagerMixin):
             with anyio.CancelScope(shield=True):
                 await self._crew.settle(_LAST_ERRANDS)
                 self._is_closed = True
-                await self._transport.aclose()
+                await self._servers.aclose()
         finally:
             # asyncio's own cancellation stops at no shield; the crew is waited for.
             self._is_closed = True
-            self._transport.close()
+            self._servers.close()
             self._crew.dismiss()
 
     def close(self) -> None:
         """The same for a program without an event loop."""
         self._crew.block_until_settled(_LAST_ERRANDS)
         self._is_closed = True
-        self._transport.close()
+        self._servers.close()
         self._crew.dismiss()
 
     def __enter__(self) -> Self:
@@ -159,7 +190,7 @@ class StepflowClient(ApiExecutor, AsyncContextManagerMixin):
                 await self.aclose()
 
     def __repr__(self) -> str:
-        return f"<StepflowClient {self.url}>"
+        return f"<StepflowClient {', '.join(self.urls)}>"
 
     # -- the way there -------------------------------------------------------------
 
@@ -179,66 +210,77 @@ class StepflowClient(ApiExecutor, AsyncContextManagerMixin):
         repeatable: bool = False,
         generation: int | None = None,
     ) -> Response:
-        self._refuse_if_unentered()
-        await self._refuse_if_outdated()
-        return await self._repeated(
-            method,
-            path,
-            body,
-            headers=headers,
-            held=held,
-            heir=heir,
-            repeatable=repeatable or method == "GET",
-        )
+        """Send it, and send it again while that is safe and may help.
 
-    async def _repeated(
-        self,
-        method: str,
-        path: str,
-        body: bytes | None = None,
-        *,
-        headers: Mapping[str, str] = NO_HEADERS,
-        held: float = 0.0,
-        heir: Heir | None = None,
-        repeatable: bool = False,
-    ) -> Response:
-        """Send it, and send it again while that is safe and may help."""
-        for pause in _PAUSES:
-            try:
-                response = await self._transport.request(
-                    method,
-                    self._address.prefix + path,
-                    body,
-                    headers=headers,
-                    held=held,
-                    heir=heir,
-                )
-            except ConnectionLostError as exc:
-                if self._is_closed:
-                    raise ConnectionLostError(
-                        "the client is closed", unsent=exc.unsent
-                    ) from exc
-                if not (repeatable or exc.unsent):
-                    raise
-            else:
-                if not (repeatable and response.status in _NOT_NOW):
-                    return response
-            await anyio.sleep(pause * random.uniform(0.5, 1.0))
-        return await self._transport.request(
-            method,
-            self._address.prefix + path,
-            body,
-            headers=headers,
-            held=held,
-            heir=heir,
-        )
+        The next server is asked at once; there is a pause when all have been.
+        """
+        self._refuse_if_unentered()
+        repeatable = repeatable or method == "GET"
+        servers = self._servers
+        troubles: dict[Server, ConnectionLostError] = {}
+        until = time.monotonic() + (len(_PAUSES) + 1) * (self._timeout + held)
+        for pause in (*_PAUSES, None):
+            for server in servers.in_turn():
+                try:
+                    if not server.is_known:
+                        await self._look_at(server)
+                    response = await server.transport.request(
+                        method,
+                        server.prefix + path,
+                        body,
+                        headers=headers,
+                        held=held,
+                        heir=heir,
+                    )
+                    if response.status not in _NOT_NOW:
+                        servers.answered(server)
+                        return response
+                    trouble: ConnectionLostError = _NotNow(response)
+                except ConnectionLostError as exc:
+                    trouble = exc
+                self._refuse_if_closed(trouble)
+                servers.failed(server)
+                if not (repeatable or trouble.unsent):
+                    return _told([(server, trouble)])
+                troubles[server] = trouble
+                # Servers that are silent take so long that one of them would have been
+                # given up by then.
+                if servers.are_several and time.monotonic() > until:
+                    return _told(list(troubles.items()))
+            if pause is not None:
+                await anyio.sleep(pause * random.uniform(0.5, 1.0))
+        return _told(list(troubles.items()))
 
     async def _open_stream(
         self, path: str, *, generation: int | None = None
     ) -> tuple[Stream, int | None]:
         self._refuse_if_unentered()
-        await self._refuse_if_outdated()
-        return await self._transport.stream(self._address.prefix + path), None
+        servers = self._servers
+        troubles: list[tuple[Server, ConnectionLostError]] = []
+        for server in servers.in_turn():
+            try:
+                if not server.is_known:
+                    await self._look_at(server)
+                stream = await server.transport.stream(server.prefix + path)
+            except ConnectionLostError as exc:
+                trouble = exc
+            else:
+                if not servers.are_several:
+                    return stream, None
+                if stream.status not in _NOT_NOW:
+                    servers.answered(server)
+                    return _WatchedStream(stream, partial(servers.failed, server)), None
+                stream.close()
+                trouble = ConnectionLostError(f"it answered {stream.status}")
+            self._refuse_if_closed(trouble)
+            servers.failed(server)
+            troubles.append((server, trouble))
+        raise _lost(troubles)
+
+    def _next_wait(self, waited: float) -> int:
+        if not self._servers.are_several:
+            return super()._next_wait(waited)
+        return min(max(_SHORTEST_WAIT, int(waited / 4)), _LONGEST_WAIT)
 
     @property
     def _is_gone(self) -> bool:
@@ -247,13 +289,25 @@ class StepflowClient(ApiExecutor, AsyncContextManagerMixin):
     def _gone(self) -> StepflowError:
         return ConnectionLostError("the client is closed", unsent=True)
 
-    async def _refuse_if_outdated(self) -> None:
-        """Look once: an older server would take runs whose results nobody can read."""
-        if not self._is_known:
-            self._refuse_outdated(
-                await self._repeated("GET", wire.HEALTH, repeatable=True)
-            )
-            self._is_known = True
+    async def _look_at(self, server: Server) -> None:
+        """Look once: an older server would take runs whose results nobody can read.
+
+        :raises ConnectionLostError: unsent, if it does not answer: nothing but this was
+        """
+        try:
+            health = await server.transport.request("GET", server.prefix + wire.HEALTH)
+        except ConnectionLostError as exc:
+            raise ConnectionLostError(str(exc), unsent=True) from exc
+        if health.status in _NOT_NOW:
+            raise _NotNow(health, unsent=True)
+        self._refuse_outdated(health)
+        server.is_known = True
+
+    def _refuse_if_closed(self, exc: ConnectionLostError) -> None:
+        if self._is_closed:
+            raise ConnectionLostError(
+                "the client is closed", unsent=exc.unsent
+            ) from exc
 
     def _refuse_if_unentered(self) -> None:
         if self._needs_entering:
@@ -261,6 +315,55 @@ class StepflowClient(ApiExecutor, AsyncContextManagerMixin):
                 "a StepflowClient with an http_client has to be entered, in the event loop "
                 "of that: `async with StepflowClient(...) as client`"
             )
+
+
+class _NotNow(ConnectionLostError):
+    """A proxy has answered for a server that is not there just now."""
+
+    def __init__(self, response: Response, *, unsent: bool = False) -> None:
+        super().__init__(f"it answered {response.status}", unsent=unsent)
+        self.response = response
+
+
+def _told(troubles: Sequence[tuple[Server, ConnectionLostError]]) -> Response:
+    """What the caller is to hear of it: an answer of the last who gave one, or an error.
+
+    :raises ConnectionLostError: if nobody has answered
+    """
+    for _, trouble in reversed(troubles):
+        if isinstance(trouble, _NotNow):
+            return trouble.response
+    raise _lost(troubles)
+
+
+def _lost(
+    troubles: Sequence[tuple[Server, ConnectionLostError]],
+) -> ConnectionLostError:
+    if len(troubles) == 1:
+        return troubles[0][1]
+    told = "; ".join(f"{server.url}: {trouble}" for server, trouble in troubles)
+    return ConnectionLostError(
+        f"none of the {len(troubles)} servers can be reached. {told}",
+        unsent=all(trouble.unsent for _, trouble in troubles),
+    )
+
+
+class _WatchedStream:
+    """A stream that tells when it breaks."""
+
+    def __init__(self, stream: Stream, on_break: Callable[[], None]) -> None:
+        self._stream = stream
+        self._on_break = on_break
+        self.status = stream.status
+        self.content_type = stream.content_type
+        self.close = stream.close
+
+    async def receive(self) -> bytes:
+        try:
+            return await self._stream.receive()
+        except ConnectionLostError:
+            self._on_break()
+            raise
 
 
 class _Timed:
@@ -320,10 +423,19 @@ def _transport(
     timeout: float,
     crew: Crew,
     http_client: httpx.AsyncClient | None,
+    *,
+    connecting: float | None,
 ) -> Transport:
     """The lean way for plain HTTP; httpx for TLS, proxies and whatever users bring."""
     if http_client is None and address.scheme == "http" and not _has_proxy(address):
-        direct = DirectTransport(address.port, address.host, headers=headers, crew=crew)
+        direct = DirectTransport(
+            address.port,
+            address.host,
+            headers=headers,
+            crew=crew,
+            # Before all time is over: that nothing was sent should be known.
+            connect_timeout=min(_CONNECTING, timeout / 2),
+        )
         return _Timed(direct, timeout)
     from .transport.remote import RemoteTransport
 
@@ -331,6 +443,7 @@ def _transport(
         address.origin,
         headers=headers,
         timeout=timeout,
+        connect_timeout=connecting,
         crew=crew,
         http_client=http_client,
     )
@@ -343,6 +456,24 @@ def _has_proxy(address: _Address) -> bool:
     if not (proxies.get("http") or proxies.get("all")):
         return False
     return not urllib.request.proxy_bypass(f"{address.host}:{address.port}")
+
+
+def _addresses(url: object) -> list[_Address]:
+    """Of one server or of several: at least one, and none twice."""
+    if isinstance(url, str):
+        return [_Address.of(url)]
+    if not isinstance(url, Sequence) or isinstance(url, bytes | bytearray):
+        raise TypeError(
+            f"url must be a string or a sequence of strings, not {type(url).__name__}"
+        )
+    if not url:
+        raise ValueError("url is an empty sequence; it must have one at least")
+    addresses = [_Address.of(each, f"url[{index}]") for index, each in enumerate(url)]
+    known: dict[str, int] = {}
+    for index, address in enumerate(addresses):
+        if (first := known.setdefault(address.url, index)) != index:
+            raise ValueError(f"url[{index}] is that of url[{first}]: {address.url}")
+    return addresses
 
 
 @dataclass(frozen=True)
@@ -360,38 +491,39 @@ class _Address:
     authorization: Mapping[str, str] = field(repr=False)
 
     @classmethod
-    def of(cls, url: object) -> Self:
+    def of(cls, url: object, name: str = "url") -> Self:
         """Take a URL apart. It may hold credentials: errors do not show it.
 
+        :param name: what errors call it
         :raises ValueError: if it is none of a server
         """
         if not isinstance(url, str):
-            raise TypeError(f"url must be a string, not {type(url).__name__}")
+            raise TypeError(f"{name} must be a string, not {type(url).__name__}")
         try:
             parts = urlsplit(url)
             port = parts.port
         except ValueError:  # its words may be a part of the password
             raise ValueError(
-                "url is not a valid URL (is its user or password percent-encoded?)"
+                f"{name} is not a valid URL (is its user or password percent-encoded?)"
             ) from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(
-                "url must begin with http:// or https:// and a host, like "
+                f"{name} must begin with http:// or https:// and a host, like "
                 '"http://localhost:7837"'
             )
         if parts.query or parts.fragment:
             raise ValueError(
-                "url must not have a query (?) or a fragment (#); in a user or password "
+                f"{name} must not have a query (?) or a fragment (#); in a user or password "
                 "they have to be percent-encoded"
             )
         path = parts.path.rstrip("/").removesuffix(wire.API)
         if not (path.isascii() and path.isprintable()) or set(path) & set(" @"):
             raise ValueError(
-                "url: its path, user and password have to be percent-encoded"
+                f"{name}: its path, user and password have to be percent-encoded"
             )
         return cls(
             scheme=parts.scheme,
-            host=_host(parts.hostname),
+            host=_host(parts.hostname, name),
             port=port or (443 if parts.scheme == "https" else 80),
             prefix=path,
             authorization=_basic_authorization(parts),
@@ -407,11 +539,11 @@ class _Address:
         return self.origin + self.prefix
 
 
-def _host(name: str) -> str:
+def _host(host: str, name: str) -> str:
     try:
-        return name if name.isascii() else name.encode("idna").decode()
+        return host if host.isascii() else host.encode("idna").decode()
     except UnicodeError as exc:
-        raise ValueError(f"url: its host is not a valid name: {exc}") from None
+        raise ValueError(f"{name}: its host is not a valid name: {exc}") from None
 
 
 def _basic_authorization(parts: SplitResult) -> dict[str, str]:

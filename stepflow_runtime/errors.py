@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AccessDeniedError",
     "ApiError",
+    "BackupError",
     "BinaryNotFoundError",
     "ConflictError",
     "ConnectionLostError",
@@ -214,6 +215,10 @@ class RuntimeStoppedError(ServerError):
     """The runtime is not running: not entered yet, being stopped, or stopped."""
 
 
+class BackupError(StepflowError):
+    """A store cannot be copied, or not to where it is to go."""
+
+
 # -- the conversation with it ----------------------------------------------------------
 
 
@@ -289,11 +294,18 @@ class ConnectionLostError(StepflowError):
 
 
 class SubmitInterruptedError(ConnectionLostError):
-    """The connection broke while a run was being submitted: it may have begun, or not.
+    """Nobody knows whether the server took the run: the connection broke after it was sent.
 
-    Nothing was repeated: the workflow might run twice. Look for the run (``list_runs()``),
-    or, if running it twice does no harm, submit it again: ``on_unknown="resubmit"`` does
-    that by itself.
+    The server tells a run's id only in its answer, and takes none from its client; so it
+    cannot be asked. (A runtime with its ``storage`` in a file looks there, and finds out.)
+    What to do depends on the workflow:
+
+    * If it may run twice, submit it again, or have that done: ``on_unknown="resubmit"``.
+    * If not, look whether it is there: give runs a mark of their own, such as a workflow's
+      name or an id in the input, and look for it by ``list_runs(flow_name=...)``, or where
+      the workflow leaves its traces.
+
+    A run that the server did take goes on, and is not cancelled.
     """
 
 

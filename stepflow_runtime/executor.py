@@ -10,7 +10,7 @@ import enum
 import os
 from collections.abc import AsyncIterator, Iterable, Mapping
 from datetime import datetime
-from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import msgspec
 
@@ -31,6 +31,7 @@ __all__ = [
     "FlowVariable",
     "Health",
     "ItemCounts",
+    "OnUnknown",
     "Overrides",
     "RunInfo",
     "StepInfo",
@@ -63,6 +64,9 @@ merges them as a JSON merge patch (RFC 7396): what is not named stays, ``None`` 
 
 Variables: TypeAlias = "Mapping[str, Any]"
 """Values for a flow's ``$variable`` references, by name."""
+
+OnUnknown: TypeAlias = Literal["raise", "resubmit"]
+"""What follows where nobody knows whether the server took a run; see ``run``."""
 
 
 class ClosableIterator(Protocol[T_co]):
@@ -379,6 +383,7 @@ class StepflowExecutor(Protocol):
         variables: Variables | None = None,
         variables_from_env: bool = False,
         timeout: float | None = None,
+        on_unknown: OnUnknown = "raise",
     ) -> FlowResult: ...
 
     async def submit(
@@ -390,6 +395,7 @@ class StepflowExecutor(Protocol):
         variables: Variables | None = None,
         variables_from_env: bool = False,
         timeout: float | None = None,
+        on_unknown: OnUnknown = "raise",
     ) -> str: ...
 
     async def get_result(
@@ -406,6 +412,7 @@ class StepflowExecutor(Protocol):
         variables: Variables | None = None,
         variables_from_env: bool = False,
         timeout: float | None = None,
+        on_unknown: OnUnknown = "raise",
     ) -> str: ...
 
     async def get_batch(
@@ -427,6 +434,7 @@ class StepflowExecutor(Protocol):
         variables: Variables | None = None,
         variables_from_env: bool = False,
         timeout: float | None = None,
+        on_unknown: OnUnknown = "raise",
     ) -> ClosableIterator[tuple[int, FlowResult]]: ...
 
     async def validate(self, flow: FlowSource) -> ValidationResult: ...

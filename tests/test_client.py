@@ -209,7 +209,7 @@ async def test_plain_http_takes_the_lean_way_unless_a_proxy_is_set(
 ) -> None:
     def name(client: StepflowClient) -> str:
         client.close()
-        return type(client._transport).__name__
+        return type(client._servers.all[0].transport).__name__
 
     assert name(StepflowClient("http://h")) == "_Timed"
     assert name(StepflowClient("https://h")) == "RemoteTransport"

@@ -26,6 +26,7 @@ from stepflow_runtime import (
     RunTimeoutError,
     ServerCrashedError,
     ServerExit,
+    SubmitInterruptedError,
     UnrepresentableValueError,
 )
 
@@ -134,6 +135,7 @@ def test_public_classes_can_be_resolved_decoded_and_pickled() -> None:
         ApiError("words", status=404, code="NOT_FOUND"),
         NotFoundError("words", status=404, run_id="r"),
         RunTimeoutError("words", run_id="r"),
+        SubmitInterruptedError("words"),
         UnrepresentableValueError("words", path="$.x"),
         ServerCrashedError("words", exit=exit),
         FlowSyntaxError("words", source="x", line=1, column=2),
@@ -154,6 +156,7 @@ def test_the_public_names_are_these() -> None:
     assert public_names() == [
         "AccessDeniedError",
         "ApiError",
+        "BackupError",
         "BinaryNotFoundError",
         "ComponentInfo",
         "ComponentList",
@@ -205,10 +208,12 @@ def test_the_public_names_are_these() -> None:
         "StepflowRuntime",
         "StepsNeeded",
         "SubRunCreated",
+        "SubmitInterruptedError",
         "UnknownEvent",
         "UnrepresentableValueError",
         "UnsupportedServerError",
         "ValidationResult",
+        "backup_store",
     ]
 
 

@@ -22,6 +22,7 @@ from urllib.parse import quote
 from ..errors import ServerStartError
 from ..logs.own import report
 from .lock import StoreLock, StoreLockedError
+from .schema import prepare_store
 
 if TYPE_CHECKING:
     import sqlite3
@@ -91,11 +92,14 @@ class Store:
         lock = self._lock
         return () if lock is None else lock.fds
 
-    def take(self, path: Path, *, shared: bool, create: bool) -> str | None:
+    def take(
+        self, path: Path, *, shared: bool, create: bool, binary: Path
+    ) -> str | None:
         """Take the store in a file; return whose its unfinished runs are, if that is one.
 
         :param shared: whether others may have it at the same time
         :param create: whether it may have to be made
+        :param binary: the server that is to use it
         :raises ServerStartError: if it is somebody else's, or no file can be there
         """
         path = Path(os.path.realpath(path))
@@ -104,6 +108,7 @@ class Store:
                 return None
             self._lock = self._locked(path, shared)
             self._path = path
+        prepare_store(path, binary)
         try:
             if create:
                 _create(path)

@@ -464,7 +464,9 @@ class Supervisor:
             self._open_logs()
             self._guard.engage()
             self.keeping = keeping = options.keeping()
-            self._orchestrator_id = options.owner() or self._identity(options, keeping)
+            # The store is taken under a chosen name, too.
+            own = self._identity(options, keeping, binary)
+            self._orchestrator_id = options.owner() or own
             if isinstance(self.traffic, Traffic):
                 self.traffic.keeps_results = not keeping.may_outlive
             return options, binary
@@ -477,7 +479,7 @@ class Supervisor:
             ) from exc
         return binary
 
-    def _identity(self, options: ServerOptions, keeping: Keeping) -> str:
+    def _identity(self, options: ServerOptions, keeping: Keeping, binary: Path) -> str:
         """Take the store; return as whom the server is to use it.
 
         A server recovers the runs of its own id. So it is the one that the store's
@@ -487,7 +489,9 @@ class Supervisor:
         if path is not None:
             may_create = options.storage is not None
             shared = keeping.leases is not None
-            owner = self.store.take(path, shared=shared, create=may_create)
+            owner = self.store.take(
+                path, shared=shared, create=may_create, binary=binary
+            )
         if path is None or keeping.leases is not None:
             return f"stepflow-runtime-{uuid.uuid4()}"
         return owner or f"stepflow-runtime-{uuid.uuid5(uuid.NAMESPACE_URL, str(path))}"

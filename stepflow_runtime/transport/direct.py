@@ -15,6 +15,7 @@ request whose caller was cancelled can be waited for by somebody else.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import socket
 import sys
@@ -60,6 +61,7 @@ class DirectTransport:
     :param headers: sent with every request
     :param crew: does what cancelled callers leave behind; None: nobody does
     :param generation: what answers are to be marked with
+    :param connect_timeout: seconds for making a connection
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class DirectTransport:
         crew: Crew | None = None,
         max_connections: int = MAX_CONNECTIONS,
         generation: int | None = None,
+        connect_timeout: float = math.inf,
     ) -> None:
         self._host = host
         self._port = port
@@ -78,6 +81,7 @@ class DirectTransport:
         self._crew = crew
         self._max_connections = max_connections
         self._generation = generation
+        self._connect_timeout = connect_timeout
         self._slots = Slots(max_connections, on_reclaim=_close_connection)
         self._idle: deque[_Connection] = deque()
         self._hubs: dict[Any, Hub | None] = {}
@@ -140,7 +144,7 @@ class DirectTransport:
         try:
             connection = self._take_idle()
             if connection is None:
-                connection = _Connection(await _connected(self._host, self._port))
+                connection = _Connection(await self._connected())
             slot.holds = connection
             if self._closed:
                 connection.close()
@@ -149,6 +153,16 @@ class DirectTransport:
             slot.release()
             raise
         return _Exchange(self, slot, connection, message)
+
+    async def _connected(self) -> socket.socket:
+        seconds = self._connect_timeout
+        with anyio.move_on_after(seconds):
+            return await _connected(self._host, self._port)
+        raise ConnectionLostError(
+            f"no connection to the server on {authority(self._host, self._port)} within "
+            f"{seconds:g} s",
+            unsent=True,
+        )
 
     def _leave_to(self, heir: Heir, exchange: _Exchange) -> None:
         """Have somebody else wait for the answer, and deal with it."""

@@ -64,6 +64,7 @@ class RemoteTransport:
     :param headers: sent with every request
     :param timeout: seconds for making a connection, and for an answer
     :param crew: does the requests
+    :param connect_timeout: seconds for making a connection, if ``timeout`` is not for that
     :param http_client: used as it is in place of our own, and not closed by us; nobody
         else may use it outside the crew's event loop
     """
@@ -76,10 +77,14 @@ class RemoteTransport:
         timeout: float,
         crew: Crew,
         http_client: httpx.AsyncClient | None = None,
+        connect_timeout: float | None = None,
     ) -> None:
         self._server = _Server(base_url)
         self._headers = _lowered(headers)
         self._timeout = timeout
+        self._connect_timeout = timeout
+        if connect_timeout is not None:
+            self._connect_timeout = min(connect_timeout, timeout)
         self._crew = crew
         self._given = http_client
         self._pool: _Pool | None = None
@@ -249,7 +254,13 @@ class RemoteTransport:
             buffer.end(exc)
 
     def _call(self, patience: float) -> _Call:
-        return _Call(self._server, self._timeout, patience, is_own=self._given is None)
+        return _Call(
+            self._server,
+            self._timeout,
+            patience,
+            self._connect_timeout,
+            is_own=self._given is None,
+        )
 
     @asynccontextmanager
     async def _answer(
@@ -460,18 +471,26 @@ _FAILURES: Final = (
 class _Call:
     """Listens to how a request fares.
 
-    :param timeout: seconds for making a connection
-    :param patience: seconds for whatever comes after that
+    :param timeout: seconds for sending, and for a free connection
+    :param patience: seconds for the answer
+    :param connect_timeout: seconds for making a connection
     :param is_own: whether the httpx client is one of ours
     """
 
     def __init__(
-        self, server: _Server, timeout: float, patience: float, *, is_own: bool
+        self,
+        server: _Server,
+        timeout: float,
+        patience: float,
+        connect_timeout: float,
+        *,
+        is_own: bool,
     ) -> None:
         self.patience = patience
         self.has_spoilt_pool = False
         self._server = server
         self._timeout = timeout
+        self._connect_timeout = connect_timeout
         self._is_own = is_own
         self._stage = _Stage.UNSENT if is_own else _Stage.UNKNOWN
         self._peer = server.origin  # whom we are talking to
@@ -479,7 +498,9 @@ class _Call:
 
     @property
     def limits(self) -> httpx.Timeout:
-        return httpx.Timeout(self._timeout, read=self.patience)
+        return httpx.Timeout(
+            self._timeout, connect=self._connect_timeout, read=self.patience
+        )
 
     async def hear(self, event: str, info: Mapping[str, Any]) -> None:
         """Told by httpcore what it does: the extension "trace"."""
@@ -575,7 +596,7 @@ class _Call:
         if isinstance(exc, httpx.PoolTimeout):
             return f"no connection was free within {self._timeout:g} s"
         if isinstance(exc, httpx.ConnectTimeout):
-            return f"no connection to {self._peer} within {self._timeout:g} s"
+            return f"no connection to {self._peer} within {self._connect_timeout:g} s"
         if isinstance(exc, httpx.WriteTimeout):
             return f"{self._peer} took nothing within {self._timeout:g} s"
         if self._stage is _Stage.UNSENT:
