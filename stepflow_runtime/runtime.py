@@ -27,7 +27,7 @@ import anyio
 from anyio import AsyncContextManagerMixin
 from anyio.abc import TaskStatus
 
-from .api import ApiExecutor, SubmitMark
+from .api import ApiExecutor, SubmitMark, next_wait_among_several
 from .arguments import check_count
 from .crew import Crew, Kind
 from .errors import (
@@ -495,6 +495,11 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
         if ready is None:
             return None
         return _KEPT if self._supervisor.keeping.resumes else ready.incarnation
+
+    def _next_wait(self, waited: float) -> int:
+        if self._supervisor.keeping.leases is None:
+            return super()._next_wait(waited)
+        return next_wait_among_several(waited)
 
     async def _request(
         self,
