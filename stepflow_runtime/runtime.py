@@ -473,7 +473,8 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
 
         The oldest first. The server goes on with them by itself; :meth:`get_result` and
         :meth:`get_batch` wait for them. Known when the server is READY; empty for a store
-        that is in memory, shared by a ``lease``, or not a file of sqlite.
+        that is in memory, or not a file of sqlite. Of one that is shared by a ``lease``,
+        those of the ``orchestrator_id`` that was given.
         """
         return self._supervisor.store.recovered
 

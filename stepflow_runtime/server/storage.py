@@ -226,12 +226,14 @@ class Keeping:
     :ivar resumes: whether it is sure that runs go on after the server was restarted
     :ivar path: the sqlite file in which the runs are, if they are in one
     :ivar leases: by what other servers may use the store at the same time; None: not at all
+    :ivar claims: whether it takes other servers' runs over, alive or not, where no leases say
     """
 
     may_outlive: bool = True
     resumes: bool = False
     path: Path | None = None
     leases: Leases | None = None
+    claims: bool = True
 
     @classmethod
     def of(cls, config: object) -> Self:
@@ -245,6 +247,7 @@ class Keeping:
             resumes=all(map(_is_durable, stores)) and _recovers(config.get("recovery")),
             path=journal if journal == _sqlite_path(stores[0]) else None,
             leases=Leases.of(config),
+            claims=_claims(config.get("recovery")),
         )
 
 
@@ -291,6 +294,10 @@ def _sqlite_path(store: object) -> Path | None:
         return None
     path = url.removeprefix(_SQLITE).removeprefix("//").partition("?")[0]
     return Path(unquote(path)) if path else None
+
+
+def _claims(recovery: object) -> bool:
+    return not isinstance(recovery, Mapping) or recovery.get("enabled") is not False
 
 
 def _recovers(recovery: object) -> bool:
