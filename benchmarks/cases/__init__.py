@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import bulk, growth, logs, running, soak, starting
+from . import bulk, growth, logs, running, soak, starting, stores
 
 __all__ = ["ALL"]
 
@@ -13,4 +13,5 @@ ALL = (
     *logs.CASES,
     *soak.CASES,
     *growth.CASES,
+    *stores.CASES,
 )
