@@ -29,6 +29,8 @@ STEPS: Final = (1, 3, 10)
 SLOW: Final = 2.0  # ms that a sync takes more: a disk of a cloud, or a cheap one
 WORST: Final = 20.0  # a disk that turns, or one that others keep busy
 WAITING: Final = 30
+BURST: Final = 60
+PATIENCE: Final = 25.0  # s; a server gives up on a connection of its pool after 30
 
 MEMORY: Final = {"type": "inMemory"}
 
@@ -56,6 +58,8 @@ SQLITE: Final = "sqlite"
 IN_SQL: Final = "sqlite::memory:"
 TMPFS: Final = "sqlite on tmpfs"
 ONE: Final = "sqlite, 1 connection"
+MANY: Final = "sqlite, 100 connections"
+SHARED: Final = "sqlite, shared cache, 100 connections"
 APART: Final = "sqlite, journal apart"
 APART_ONE: Final = "sqlite, journal apart, 1 connection"
 UNSYNCED: Final = "sqlite, nothing synced"
@@ -70,7 +74,11 @@ STORES: Final[Mapping[str, Arrangement]] = {
     "sqlite, 32 connections": lambda folder: _sqlite(
         folder / "runs.db", maxConnections=32
     ),
+    MANY: lambda folder: _sqlite(folder / "runs.db", maxConnections=100),
     "sqlite, shared cache": lambda folder: _sqlite(folder / "runs.db", "&cache=shared"),
+    SHARED: lambda folder: _sqlite(
+        folder / "runs.db", "&cache=shared", maxConnections=100
+    ),
     APART: _apart,
     APART_ONE: partial(_apart, maxConnections=1),
     "sqlite, blobs in files": lambda folder: {
@@ -214,7 +222,7 @@ def bulk(plan: Plan) -> list[Row]:
     with ExitStack() as stack:
         servers = {
             name: stack.enter_context(_runtime(STORES[name]))
-            for name in (IN_MEMORY, SQLITE, ONE, APART, APART_ONE)
+            for name in (IN_MEMORY, SQLITE, SHARED, APART)
         }
         for way, make in ways.items():
             found = in_turns(
@@ -277,25 +285,44 @@ def slow(plan: Plan) -> list[Row]:
     with ExitStack() as stack:
         sides = {
             name: _side(stack, STORES[name], env=disks.late(SLOW))
-            for name in (SQLITE, ONE, APART, APART_ONE)
+            for name in (SQLITE, ONE, MANY, SHARED, APART)
         }
         rows = _levels("stores, slow disk", sides, plan)
     if plan.slow_syncs:
-        rows += [
-            row("stores, bad disk", name, "failed of 100", [_failed(name, plan)])
-            for name in (SQLITE, ONE)
-        ]
+        rows += _failures(plan)
     return rows
 
 
-def _failed(name: str, plan: Plan) -> Sample:
-    with _runtime(STORES[name], env=disks.late(WORST)) as (portal, runtime):
-        return portal.call(_count_failed, runtime, plan.slow_syncs)
+def _failures(plan: Plan) -> list[Row]:
+    """What becomes of runs that a store cannot serve one after the other."""
+    flows = {
+        f"stores, sub-flows at {BURST}": (_mapping(), BURST, BURST, 0.0),
+        f"stores, bad disk at {WAITING}": (peers.FLOW, plan.slow_syncs, WAITING, WORST),
+    }
+    rows: list[Row] = []
+    for case, (flow, count, at_once, late) in flows.items():
+        for name in (SQLITE, ONE, MANY, SHARED):
+            with _runtime(STORES[name], env=disks.late(late)) as (portal, runtime):
+                failed = portal.call(_count_failed, runtime, flow, count, at_once)
+            rows.append(row(case, name, "% failed", [failed]))
+    return rows
 
 
-async def _count_failed(runtime: StepflowRuntime, count: int) -> Sample:
-    """Some at a time; each waits its turn, or is refused."""
-    flow_id = await runtime.store_flow(peers.FLOW)
+def _mapping() -> dict[str, Any]:
+    """A run that makes another one: the smallest sub-flow."""
+    over = {"workflow": {"$literal": peers.FLOW}, "items": [{"$input": "$"}]}
+    return {
+        "name": "map",
+        "steps": [{"id": "a", "component": "/map", "input": over}],
+        "output": {"$step": "a"},
+    }
+
+
+async def _count_failed(
+    runtime: StepflowRuntime, flow: dict[str, Any], count: int, at_once: int
+) -> Sample:
+    """Each waits its turn, or is refused, or is not heard of for too long."""
+    flow_id = await runtime.store_flow(flow)
     numbers, failed, longest = iter(range(count)), 0, 0.0
 
     async def work() -> None:
@@ -303,13 +330,13 @@ async def _count_failed(runtime: StepflowRuntime, count: int) -> Sample:
         for _ in numbers:
             began = time.perf_counter()
             try:
-                (await runtime.run(flow_id, peers.INPUT, timeout=60)).unwrap()
+                (await runtime.run(flow_id, peers.INPUT, timeout=PATIENCE)).unwrap()
             except StepflowError:
                 failed += 1
             longest = max(longest, time.perf_counter() - began)
 
     async with anyio.create_task_group() as tasks:
-        for _ in range(WAITING):
+        for _ in range(at_once):
             tasks.start_soon(work)
     return Sample(100 * failed / count, {"longest, s": longest})
 
