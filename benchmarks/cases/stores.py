@@ -22,7 +22,7 @@ from stepflow_runtime import FlowId, StepflowError, StepflowRuntime
 from .. import disks, peers
 from ..measure import Case, Plan, Row, Sample, against, in_turns, load, row
 
-__all__ = ["CASES", "LEVELS", "SLOW", "STEPS"]
+__all__ = ["ALL_KEPT", "CASES", "IN_MEMORY", "IN_SQL", "KEPT", "SQLITE", "UNSYNCED"]
 
 LEVELS: Final = (1, 10, 50)
 STEPS: Final = (1, 3, 10)
@@ -62,6 +62,9 @@ MANY: Final = "sqlite, 100 connections"
 SHARED: Final = "sqlite, shared cache, 100 connections"
 APART: Final = "sqlite, journal apart"
 APART_ONE: Final = "sqlite, journal apart, 1 connection"
+BLOBS: Final = "sqlite, blobs in files"
+JOURNAL_IN_MEMORY: Final = "sqlite, journal in memory"
+JOURNAL_IN_SQL: Final = "in memory, journal in sqlite"
 UNSYNCED: Final = "sqlite, nothing synced"
 
 STORES: Final[Mapping[str, Arrangement]] = {
@@ -81,20 +84,35 @@ STORES: Final[Mapping[str, Arrangement]] = {
     ),
     APART: _apart,
     APART_ONE: partial(_apart, maxConnections=1),
-    "sqlite, blobs in files": lambda folder: {
+    BLOBS: lambda folder: {
         "metadata": _sqlite(folder / "runs.db"),
         "blobs": {"type": "filesystem", "directory": str(folder / "blobs")},
     },
-    "sqlite, journal in memory": lambda folder: {
+    JOURNAL_IN_MEMORY: lambda folder: {
         "metadata": _sqlite(folder / "runs.db"),
         "journal": MEMORY,
     },
-    "in memory, journal in sqlite": lambda folder: {
+    JOURNAL_IN_SQL: lambda folder: {
         "metadata": MEMORY,
         "journal": _sqlite(folder / "journal.db"),
     },
     TMPFS: lambda folder: _sqlite(folder / "runs.db"),
     IN_SQL: lambda _: {"type": "sqlite", "databaseUrl": "sqlite::memory:"},
+}
+
+
+# What is left when the server is killed, and when the machine stops. Found out by experiment:
+# docs/durability.md tells how.
+ALL_KEPT: Final = ("all", "all")
+NOTHING: Final = ("nothing", "nothing")
+KEPT: Final[Mapping[str, tuple[str, str]]] = {
+    IN_MEMORY: NOTHING,
+    IN_SQL: NOTHING,
+    JOURNAL_IN_SQL: NOTHING,
+    BLOBS: ("all", "finished runs; of the others, those whose blobs reached the disk"),
+    JOURNAL_IN_MEMORY: ("finished runs; the others fail",) * 2,
+    TMPFS: ("all", "nothing"),
+    UNSYNCED: ("all", "what reached the disk by chance; the file can be damaged"),
 }
 
 
