@@ -51,8 +51,10 @@ class Plan(msgspec.Struct, frozen=True):
     levels_of_growth: tuple[int, ...]
     batches: tuple[int, ...]
     batch: int
+    batch_stored: int  # where each item is written to disk
     megabytes: tuple[int, ...]
     slow_payloads: int  # turns where one takes ten seconds
+    slow_syncs: int  # runs where each takes a quarter of a second
     log_lines: int
     log_flood: int  # bytes
     blocked: float  # seconds that an event loop is held up
@@ -70,8 +72,10 @@ FULL: Final = Plan(
     levels_of_growth=(1, 2, 5, 10, 20, 50, 100, 200),
     batches=(1, 10, 100, 1_000, 10_000, 30_000),
     batch=10_000,
+    batch_stored=1_000,
     megabytes=(1, 50),
     slow_payloads=1,
+    slow_syncs=100,
     log_lines=200_000,
     log_flood=100_000_000,
     blocked=4.0,
@@ -88,8 +92,10 @@ QUICK: Final = Plan(
     levels_of_growth=(1, 50),
     batches=(1, 100, 3_000),
     batch=10_000,
+    batch_stored=100,
     megabytes=(1, 50),
     slow_payloads=0,
+    slow_syncs=0,
     log_lines=100_000,
     log_flood=30_000_000,
     blocked=1.0,

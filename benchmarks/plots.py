@@ -1,7 +1,7 @@
-"""``python -m benchmarks.plots results.json``: the plots and tables of ``docs/performance.md``.
+"""``python -m benchmarks.plots results.json``: the plots and tables of the pages.
 
-Everything on the page that was measured is made here, so that it is of one run: SVG files
-beside the results, and the tables between the page's marks. Readable on light and on dark
+Everything on them that was measured is made here, so that a page is of one run: SVG files
+beside the results, and the tables between the pages' marks. Readable on light and on dark
 pages: nothing behind, and nothing very dark or very light.
 """
 
@@ -14,12 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from .cases.stores import ALL_KEPT, IN_MEMORY, IN_SQL, KEPT, SQLITE, UNSYNCED
 from .measure import Row, spread
 from .report import Results, decode, machine_lines, markdown, number
 
 __all__ = ["main"]
 
-PAGE: Final = Path("docs/performance.md")
+PAGES: Final = [Path("docs/performance.md"), Path("docs/durability.md")]
 PLOTS: Final = Path("docs/plots")
 
 GREY: Final = "#808080"
@@ -178,22 +179,29 @@ def _reason(reason: str) -> str:
 
 def stores(results: Results) -> str:
     """Rates by store and level, and what a run leaves in the server's memory."""
-    rates: dict[str, dict[str, str]] = {}
-    for each in results.rows:
-        case, _, level = each.case.partition(" at ")
-        if case == "stores":
-            rates.setdefault(each.side, {})[level] = number(value(each))
-    levels = list(dict.fromkeys(level for side in rates.values() for level in side))
+    rates, levels = _rates(results, "stores")
+    left = {side: _left_by_run(results, f"ours, {side}") for side in rates}
     lines = [
-        [
-            side,
-            *(of_side.get(level, "") for level in levels),
-            _left_by_run(results, side),
-        ]
+        [side, *(of_side.get(level, "") for level in levels), left[side]]
         for side, of_side in rates.items()
+        if left[side]
     ]
     head = ["", *(f"runs/s at {level}" for level in levels), "KB of RSS a run"]
     return markdown(head, lines)
+
+
+def _rates(
+    results: Results, case: str
+) -> tuple[dict[str, dict[str, str]], Sequence[str]]:
+    """Medians by side and level; and the levels."""
+    found: dict[str, dict[str, str]] = {}
+    for each in results.rows:
+        name, _, level = each.case.rpartition(" at ")
+        if name == case:
+            found.setdefault(each.side, {})[level] = number(value(each))
+    return found, list(
+        dict.fromkeys(level for side in found.values() for level in side)
+    )
 
 
 def _left_by_run(results: Results, side: str) -> str:
@@ -216,23 +224,129 @@ def costs(results: Results) -> str:
     return markdown(["what is made", "KB of the server's memory"], lines)
 
 
+def kept(results: Results) -> str:
+    """Stores by speed, and by what they keep through what."""
+    rates, levels = _rates(results, "stores")
+    lines = [
+        [side, *(of_side[level] for level in levels), *KEPT.get(side, ALL_KEPT)]
+        for side, of_side in rates.items()
+    ]
+    head = ["", *(f"runs/s at {level}" for level in levels)]
+    told = ["left by a crash of the server", "by a crash of the machine, or no power"]
+    return markdown([*head, *told], lines)
+
+
+# What a run goes through, each part measured by a store that does no more than that.
+PARTS: Final = {
+    "HTTP, the workflow, our client": IN_MEMORY,
+    "SQL: some 30 statements, each passed to a thread and back": IN_SQL,
+    "writing some 45 pages to the file, and its locks": UNSYNCED,
+    "12 syncs": SQLITE,
+}
+
+
+def parts(results: Results) -> str:
+    """Where the milliseconds of a run go: differences of medians, one run at a time."""
+    took = {
+        each.side: also("p50 ms", each)
+        for each in results.rows
+        if each.case == "stores at 1"
+    }
+    if not took.keys() >= set(PARTS.values()):
+        return ""
+    lines, before = [], 0.0
+    for name, side in PARTS.items():
+        lines.append(
+            [name, number(took[side] - before), f"{number(took[side])}, {side}"]
+        )
+        before = took[side]
+    return markdown(["", "ms a run", "of so many with the store"], lines)
+
+
+def by_steps(results: Results) -> str:
+    found = series(results.rows, "stores, by steps", value)
+    steps = next(iter(found.values()), ([], []))[0]
+    lines = [[side, *map(number, ys)] for side, (_, ys) in found.items()]
+    head = ["ms a run", *(f"{each:g} step{'s'[: each > 1]}" for each in steps)]
+    return markdown(head, lines)
+
+
+def by_way(results: Results) -> str:
+    """Of batches and ``run_many``."""
+    found: dict[str, dict[str, str]] = {}
+    for each in results.rows:
+        if each.unit == "items/s" and each.case.startswith("stores, "):
+            way = each.case.removeprefix("stores, ")
+            found.setdefault(each.side, {})[way] = number(value(each))
+    ways = list(dict.fromkeys(way for side in found.values() for way in side))
+    lines = [[side, *map(of_side.__getitem__, ways)] for side, of_side in found.items()]
+    return markdown(["items/s", *ways], lines)
+
+
+def slow(results: Results) -> str:
+    """Rates where a sync takes longer, and the part of the runs that fail."""
+    rates, levels = _rates(results, "stores, slow disk")
+    failed: dict[str, dict[str, str]] = {}
+    for each in results.rows:
+        if each.unit == "% failed":
+            case = each.case.removeprefix("stores, ")
+            failed.setdefault(each.side, {})[case] = f"{value(each):.0f} %"
+    cases = list(dict.fromkeys(case for side in failed.values() for case in side))
+    lines = [
+        [
+            side,
+            *(of_side[level] for level in levels),
+            *(failed.get(side, {}).get(case, "") for case in cases),
+        ]
+        for side, of_side in rates.items()
+    ]
+    head = ["", *(f"runs/s at {level}" for level in levels)]
+    told = [f"failed: {case}" for case in cases]
+    return markdown([*head, *told], lines)
+
+
+def disk(results: Results) -> str:
+    """What a sync takes here."""
+    found = [each for each in results.rows if each.case == "stores, a sync"]
+    return "".join(
+        f"A sync after a page was appended takes {number(value(each))} ms on this disk "
+        f"({number(also('p99 ms', each))} at p99)."
+        for each in found
+    )
+
+
 def machine(results: Results) -> str:
     return f"```text\n{machine_lines(results)}\n```"
 
 
 TABLES: Final = {
     "costs": costs,
+    "disk": disk,
     "machine": machine,
     "promises": promises,
     "stores": stores,
+    "stores-by-steps": by_steps,
+    "stores-by-way": by_way,
+    "stores-kept": kept,
+    "stores-parts": parts,
+    "stores-slow": slow,
 }
 
 
 def fill(page: str, results: Results) -> str:
-    """A page with what stands between its marks made anew."""
+    """A page with what stands between its marks made anew.
+
+    All of it, or none: a page is of one run, so one that was only measured in part is left.
+    """
+    made = {
+        found["name"]: TABLES[found["name"]](results)
+        for found in MEASURED.finditer(page)
+    }
+    if not all(made.values()):
+        return page
 
     def table(found: re.Match[str]) -> str:
-        return f"{found[1]}\n{TABLES[found['name']](results)}\n\n{found[3]}"
+        return f"{found[1]}\n{made[found['name']]}\n\n{found[3]}"
 
     return MEASURED.sub(table, page)
 
@@ -242,16 +356,30 @@ def main() -> None:
         prog="python -m benchmarks.plots", description=__doc__
     )
     parser.add_argument("results", type=Path)
-    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--page", type=Path, nargs="+", default=PAGES)
     parser.add_argument("--plots", type=Path, default=PLOTS)
     chosen = parser.parse_args()
     results = decode(chosen.results.read_bytes())
-    chosen.plots.mkdir(exist_ok=True)
-    plot_concurrency(results.rows, chosen.plots / "concurrency.svg")
-    plot_batches(results.rows, chosen.plots / "batch.svg")
-    plot_memory(results.rows, chosen.plots / "memory.svg")
-    chosen.page.write_text(fill(chosen.page.read_text(), results))
-    print(f"wrote {chosen.page} and the plots in {chosen.plots}")
+    _draw_all(results.rows, chosen.plots)
+    for page in chosen.page:
+        text = page.read_text()
+        filled = fill(text, results)
+        page.write_text(filled)
+        print(f"{page}: {'not all of it was measured' if filled == text else 'filled'}")
+
+
+def _draw_all(rows: Sequence[Row], folder: Path) -> None:
+    """Those whose series were measured."""
+    folder.mkdir(exist_ok=True)
+    plots = {
+        "growth-concurrency": (plot_concurrency, "concurrency.svg"),
+        "growth-batch": (plot_batches, "batch.svg"),
+        "growth-memory": (plot_memory, "memory.svg"),
+    }
+    measured = {each.case for each in rows}
+    for case, (plot, name) in plots.items():
+        if case in measured:
+            plot(rows, folder / name)
 
 
 if __name__ == "__main__":

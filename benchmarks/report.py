@@ -190,6 +190,9 @@ def _change(old: Row, new: Row) -> list[str]:
 
 
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A table for a page."""
+    """A table for a page, or nothing if there is nothing in it."""
+    lines = list(lines)
+    if not lines:
+        return ""
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines))

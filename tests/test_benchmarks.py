@@ -7,6 +7,7 @@ from pathlib import Path
 import anyio
 import pytest
 
+from benchmarks import disks
 from benchmarks.cases import ALL
 from benchmarks.machine import Machine, differences
 from benchmarks.measure import (
@@ -188,6 +189,68 @@ def test_a_page_is_filled_between_its_marks_and_nowhere_else() -> None:
     assert "| a run | 5.00 |" in filled and "old" not in filled
     assert filled.startswith("above\n") and filled.endswith("\nbelow\n")
     assert fill(filled, written) == filled
+
+
+def test_a_page_of_which_not_all_was_measured_is_left_alone() -> None:
+    page = """
+<!-- measured: costs -->
+old
+<!-- end -->
+<!-- measured: stores-kept -->
+old
+<!-- end -->
+"""
+    costs = row("growth-costs", "a run", "KB", samples(5))
+    assert fill(page, results(costs)) == page
+    rates = [
+        row(f"stores at {level}", side, "runs/s", samples(rate))
+        for level, rate in ((1, 240), (10, 200))
+        for side in ("sqlite", "sqlite on tmpfs")
+    ]
+    filled = fill(page, results(costs, *rates))
+    assert "| sqlite | 240 | 200 | all | all |" in filled
+    assert "| sqlite on tmpfs | 240 | 200 | all | nothing |" in filled
+
+
+def test_where_a_run_spends_its_time_is_told_by_stores_that_do_less() -> None:
+    took = {
+        "in memory": 0.5,
+        "sqlite::memory:": 1.5,
+        "sqlite, nothing synced": 2.0,
+        "sqlite": 4.0,
+    }
+    rates = [
+        row("stores at 1", side, "runs/s", samples(1000 / each))
+        for side, each in took.items()
+    ]
+    page = "<!-- measured: stores-parts -->\n<!-- end -->"
+    assert "| 12 syncs | 2.00 | 4.00, sqlite |" in fill(page, results(*rates))
+    assert fill(page, results(*rates[:-1])) == page
+
+
+@pytest.mark.skipif(not disks.can_pretend(), reason="needs a C compiler")
+def test_a_process_is_told_another_tale_of_its_disk(tmp_path: Path) -> None:
+    program = """
+import os, sys, time
+with open(sys.argv[1], "wb") as file:
+    began = time.monotonic()
+    os.fsync(file.fileno())
+    print(time.monotonic() - began)
+    try:
+        os.fsync(9999)
+    except OSError:
+        print("refused")
+"""
+
+    def told(env: dict[str, str]) -> list[str]:
+        command = [sys.executable, "-c", program, str(tmp_path / "file")]
+        done = subprocess.run(command, env=env, check=True, capture_output=True)
+        return done.stdout.decode().split()
+
+    took, refused = told(disks.late(300))
+    assert float(took) >= 0.3 and refused == "refused"
+    # Nothing is asked of the system: not even whether there is such a file.
+    assert len(told(disks.never())) == 1
 
 
 def test_cases_have_names_of_their_own() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import bulk, growth, logs, running, servers, soak, starting
+from . import bulk, growth, logs, running, servers, soak, starting, stores
 
 __all__ = ["ALL"]
 
@@ -14,4 +14,5 @@ ALL = (
     *logs.CASES,
     *soak.CASES,
     *growth.CASES,
+    *stores.CASES,
 )

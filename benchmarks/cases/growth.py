@@ -1,6 +1,6 @@
 """Where cost grows: with concurrency, with the size of a batch, with the runs that were made.
 
-The series that ``docs/performance.md`` shows, and what another store makes of them.
+The series that ``docs/performance.md`` shows.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _bare_batch(port: int, flow_id: str, size: int) -> Sample:
     return Sample(size / took, {"ms": 1e3 * took})
 
 
-# -- memory and stores -----------------------------------------------------------------
+# -- memory ----------------------------------------------------------------------------
 
 
 def memory(plan: Plan) -> list[Row]:
@@ -301,38 +301,9 @@ async def _make_batch(runtime: StepflowRuntime, count: int) -> None:
     await runtime.get_batch(batch_id)
 
 
-def stores(plan: Plan) -> list[Row]:
-    """Runs per second with the store in memory and in a file, turn by turn."""
-    rows: list[Row] = []
-    in_file = "ours, sqlite"
-    with ExitStack() as stack:
-        enter = stack.enter_context
-        config = enter(_sqlite())
-        sides = {
-            "ours, in memory": enter(peers.in_lane("asyncio", peers.ours)),
-            in_file: enter(
-                peers.in_lane("asyncio", partial(peers.ours, config_path=config))
-            ),
-        }
-        for level in (1, 10, 50):
-            at_level = {
-                name: partial(side, level, plan.seconds) for name, side in sides.items()
-            }
-            found = in_turns(at_level, plan.rounds_of_growth)
-            checks = {in_file: [against(found, in_file, "ours, in memory")]}
-            rows += [
-                row(
-                    f"stores at {level}", name, "runs/s", samples, *checks.get(name, ())
-                )
-                for name, samples in found.items()
-            ]
-    return rows
-
-
 CASES: Final = (
     Case("growth-concurrency", "runs per second, by runs at a time", concurrency),
     Case("growth-batch", "items per second, by the size of a batch", batches),
     Case("growth-memory", "memory, by runs made", memory),
     Case("growth-costs", "what a run leaves in the server's memory", costs),
-    Case("stores", "the server's store in memory and in a file", stores),
 )
