@@ -336,6 +336,25 @@ async def test_a_run_with_sub_runs_is_given_up_and_says_so(store: Path) -> None:
     assert "after a restart" in result.error.message
 
 
+async def test_many_runs_with_sub_runs_do_not_wait_for_each_other(store: Path) -> None:
+    """With as few connections as the server takes by itself they do, for 30 s, and fail."""
+    flow = {
+        "steps": [
+            {
+                "id": "map",
+                "component": "/map",
+                "input": {"workflow": {"$literal": ECHO}, "items": {"$input": "$"}},
+            }
+        ],
+        "output": {"$step": "map", "path": "$.successful"},
+    }
+    async with kept(store) as runtime:
+        with anyio.fail_after(25):
+            inputs = [[number, number] for number in range(40)]
+            async for _, result in runtime.run_many(flow, inputs, max_concurrent=40):
+                assert result.unwrap() == 2
+
+
 # -- Python dies -----------------------------------------------------------------------
 
 VICTIM = """

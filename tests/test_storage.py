@@ -44,7 +44,8 @@ def test_a_path_is_an_sqlite_store_that_the_server_migrates(tmp_path: Path) -> N
     config = config_of(storage=tmp_path / "runs.db")
     assert config["storageConfig"] == {
         "type": "sqlite",
-        "databaseUrl": f"sqlite:{tmp_path}/runs.db?mode=rwc",
+        "databaseUrl": f"sqlite:{tmp_path}/runs.db?mode=rwc&cache=shared",
+        "maxConnections": 100,
         "autoMigrate": True,
     }
     assert config["plugins"] == DEFAULT_CONFIG["plugins"]
@@ -88,7 +89,7 @@ def test_a_relative_path_is_one_of_this_process(
     (tmp_path / "link").symlink_to(tmp_path / "real.db")
     monkeypatch.chdir(tmp_path)
     url = config_of(storage="link")["storageConfig"]["databaseUrl"]
-    assert url == f"sqlite:{os.path.realpath(tmp_path)}/real.db?mode=rwc"
+    assert url == f"sqlite:{os.path.realpath(tmp_path)}/real.db?mode=rwc&cache=shared"
 
 
 def test_a_database_elsewhere_is_passed_on_and_in_no_repr() -> None:

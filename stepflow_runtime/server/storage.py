@@ -43,6 +43,12 @@ _LEAST: Final = {"leaseTtlSecs": 3, "checkIntervalSecs": 1}
 _SERVERS_TTL: Final = 30
 _SERVERS_PREFIX: Final = "/stepflow/leases"
 
+# The server takes a second connection while it holds one, where sub-runs end: as many at once as
+# there are connections wait for each other, 30 s, and fail (of its own 10, with 20 runs of
+# ``/map``). And connections poll for sqlite's lock, and give up after 5 s: so they share a cache,
+# in which they queue. docs/durability.md has the figures.
+_CONNECTIONS: Final = 100
+
 _POSTGRES: Final = ("postgresql", "postgres")
 _SQLITE: Final = "sqlite:"
 
@@ -90,8 +96,13 @@ class Storage:
         if self.path is None:
             return {"type": "postgres", "databaseUrl": self.url, "autoMigrate": True}
         # As a URL: unquoted, a % or ? in the path would lead to another file.
-        url = f"sqlite:{quote(str(self.path))}?mode=rwc"
-        return {"type": "sqlite", "databaseUrl": url, "autoMigrate": True}
+        url = f"sqlite:{quote(str(self.path))}?mode=rwc&cache=shared"
+        return {
+            "type": "sqlite",
+            "databaseUrl": url,
+            "maxConnections": _CONNECTIONS,
+            "autoMigrate": True,
+        }
 
 
 def _checked_url(url: str) -> str:
