@@ -159,6 +159,19 @@ async def test_a_binary_without_postgresql_says_what_to_do() -> None:
     assert "hush" not in words
 
 
+async def test_a_url_that_the_server_cannot_use_is_told_without_its_password() -> None:
+    url = "mysql://me:hush@127.0.0.1/db"
+    config = {**CONFIG, "storageConfig": {"type": "postgres", "databaseUrl": url}}
+    runtime = StepflowRuntime.start(config)
+    with pytest.raises(
+        ServerStartError, match=r"mysql://me:\*\*\*@127\.0\.0\.1"
+    ) as failed:
+        async with runtime:
+            pass
+    told = [*failed.value.recent_logs, *runtime.get_recent_logs()]
+    assert "hush" not in str(failed.value) + repr(told)
+
+
 # -- the server dies -------------------------------------------------------------------
 
 

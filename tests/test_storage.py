@@ -18,6 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stepflow_runtime.errors import ServerStartError
+from stepflow_runtime.logs.config import LogConfig
+from stepflow_runtime.logs.sinks import LogHub
 from stepflow_runtime.server.lock import StoreLock, StoreLockedError
 from stepflow_runtime.server.options import DEFAULT_CONFIG, ServerOptions
 from stepflow_runtime.server.storage import Keeping, Storage, merged
@@ -222,6 +224,37 @@ def test_how_long_runs_live_is_known_from_the_configuration(
     assert (keeping.may_outlive, keeping.resumes) == (may_outlive, resumes)
     assert keeping.path == (Path(path) if path else None)
     assert keeping.leases is None
+
+
+@pytest.mark.parametrize(
+    ("url", "password"),
+    [
+        ("postgresql://me:hush@host/db", "hush"),
+        ("postgresql://me:hush@host/db?application_name=a@b", "hush"),
+        # Wrong, and so the server prints it.
+        ("postgresql://me:hu/sh@host/db", "hu/sh"),
+        ("postgresql://me:hu@sh@host/db", "hu@sh"),
+        ('postgresql://me:"h\u00fcsh@host/db', "h\u00fcsh"),
+        ("postgresql://host/db?user=me&password=hush&sslmode=off", "hush"),
+    ],
+)
+def test_what_a_server_prints_of_a_password_is_hidden(url: str, password: str) -> None:
+    stores = {"metadata": MEMORY, "journal": {"type": "postgres", "databaseUrl": url}}
+    keeping = Keeping.of({"storageConfig": stores})
+    assert password not in repr(keeping)
+    hub = LogHub(LogConfig(python_logger=None))
+    hub.hide(keeping.passwords)
+    line = json.dumps({"message": f"no {url}"}, ensure_ascii=False)
+    hub.take("stderr", [f"no {url}".encode(), line.encode()])
+    for entry in hub.newest(2):
+        assert "***" in entry.message
+        assert password not in entry.message
+
+
+def test_without_a_password_nothing_is_hidden() -> None:
+    url = "postgresql://host:5432/db?application_name=a"
+    for store in (SQLITE, {"type": "postgres", "databaseUrl": url}, MEMORY, None):
+        assert Keeping.of({"storageConfig": store}).passwords == frozenset()
 
 
 def test_a_server_that_recovers_nothing_resumes_nothing() -> None:

@@ -8,6 +8,7 @@ repr and no message.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -226,12 +227,14 @@ class Keeping:
     :ivar resumes: whether it is sure that runs go on after the server was restarted
     :ivar path: the sqlite file in which the runs are, if they are in one
     :ivar leases: by what other servers may use the store at the same time; None: not at all
+    :ivar passwords: those in URLs of databases, which the server may print
     """
 
     may_outlive: bool = True
     resumes: bool = False
     path: Path | None = None
     leases: Leases | None = None
+    passwords: frozenset[str] = field(default=frozenset(), repr=False)
 
     @classmethod
     def of(cls, config: object) -> Self:
@@ -245,6 +248,7 @@ class Keeping:
             resumes=all(map(_is_durable, stores)) and _recovers(config.get("recovery")),
             path=journal if journal == _sqlite_path(stores[0]) else None,
             leases=Leases.of(config),
+            passwords=frozenset[str]().union(*map(_passwords, stores)),
         )
 
 
@@ -291,6 +295,23 @@ def _sqlite_path(store: object) -> Path | None:
         return None
     path = url.removeprefix(_SQLITE).removeprefix("//").partition("?")[0]
     return Path(unquote(path)) if path else None
+
+
+def _passwords(store: object) -> frozenset[str]:
+    """What of a store's URL is nobody's to read.
+
+    The server prints the URL when it cannot connect, and that is when it is not as it
+    should be: an ``@`` or ``/`` in a password, which are to be quoted there.
+    """
+    url = store.get("databaseUrl") if isinstance(store, Mapping) else None
+    if not isinstance(url, str):
+        return frozenset()
+    rest = url.partition("://")[2]
+    proper = re.split("[/?#]", rest)[0].rpartition("@")[0]
+    named = (proper, rest.rpartition("@")[0], rest[: max(rest.find("@"), 0)])
+    passwords = (credentials.partition(":")[2] for credentials in named)
+    queried = re.findall("[?&]password=([^&#]+)", url)
+    return frozenset([*filter(None, passwords), *queried])
 
 
 def _recovers(recovery: object) -> bool:

@@ -464,6 +464,7 @@ class Supervisor:
             self._open_logs()
             self._guard.engage()
             self.keeping = keeping = options.keeping()
+            self.logs.hide(keeping.passwords)
             self._orchestrator_id = options.owner() or self._identity(options, keeping)
             if isinstance(self.traffic, Traffic):
                 self.traffic.keeps_results = not keeping.may_outlive
