@@ -9,7 +9,8 @@ import stat
 import subprocess
 import sys
 from collections import Counter
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from stepflow_runtime import (
     RestartPolicy,
     RunStatus,
     RuntimeState,
+    RuntimeStoppedError,
     ServerCrashedError,
     ServerStartError,
     StepflowClient,
@@ -59,6 +61,22 @@ def is_above(runtime: StepflowRuntime, restarts: int) -> bool:
 def asked(store: Path, question: str) -> list[Any]:
     with closing(sqlite3.connect(store)) as connection:
         return connection.execute(question).fetchall()
+
+
+HOLD = """
+import os, subprocess, sys
+from pathlib import Path
+from stepflow_runtime.server.lock import StoreLock
+
+lock = StoreLock(Path(sys.argv[1]), shared=False)
+lock.take(0)
+nothing = subprocess.DEVNULL
+heir = subprocess.Popen(
+    ["sleep", "60"], pass_fds=lock.fds, stdout=nothing, stderr=nothing
+)
+print(heir.pid, flush=True)
+os._exit(0)
+"""
 
 
 def mode_of(path: Path) -> int:
@@ -140,6 +158,43 @@ async def test_a_start_that_failed_holds_no_store(store: Path) -> None:
     assert not store.with_name("runs.db-lock").exists()
     async with kept(store) as runtime:
         assert (await runtime.run(ECHO, 1)).is_success
+
+
+@contextmanager
+def held_by_a_dead_one(store: Path) -> Iterator[None]:
+    """As if the server of a Python that was killed would not die."""
+    done = subprocess.run(
+        [sys.executable, "-c", HOLD, str(store)], stdout=subprocess.PIPE, check=True
+    )
+    try:
+        yield
+    finally:
+        os.kill(int(done.stdout), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("way", ["cancelled", "stopped", "timeout"])
+async def test_a_start_that_waits_for_a_dying_holder_can_be_given_up(
+    store: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.setattr("stepflow_runtime.server.store._PATIENCE", 30)
+    timeout = 0.2 if way == "timeout" else 30
+    runtime = kept(store, startup_timeout=timeout)
+
+    async def start() -> None:
+        error = ServerStartError if way == "timeout" else RuntimeStoppedError
+        with pytest.raises(error):
+            async with runtime:
+                pass
+
+    with held_by_a_dead_one(store), anyio.fail_after(15):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(start)
+            await anyio.sleep(0.2)
+            if way == "cancelled":
+                tasks.cancel_scope.cancel()
+            elif way == "stopped":
+                await runtime.stop_async()
+    assert runtime.state.is_final
 
 
 @pytest.mark.parametrize("name", ["no/runs.db", "."])

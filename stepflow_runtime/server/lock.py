@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -56,20 +57,23 @@ class StoreLock:
         """What the server has to inherit."""
         return () if self._fd is None or sys.platform == "win32" else (self._fd,)
 
-    def take(self, patience: float) -> None:
+    def take(self, patience: float, is_unwanted: threading.Event | None = None) -> None:
         """Take it.
 
         :param patience: for how many seconds to wait where its holder is dying: a Python
             that was killed, whose guard is about to end its server
+        :param is_unwanted: ends the wait when it is set
         :raises StoreLockedError: if somebody else has it
         :raises OSError: if no file can be there
         """
+        is_unwanted = is_unwanted or threading.Event()
         deadline = time.monotonic() + patience
         while not self._try():
             holder = self._holder()
             if time.monotonic() >= deadline or (holder and _is_there(holder)):
                 raise StoreLockedError(holder)
-            time.sleep(_PAUSE)
+            if is_unwanted.wait(_PAUSE):
+                raise StoreLockedError(holder)
 
     def give_back(self) -> None:
         """Give it back, for those who have inherited it too; a second time does nothing."""

@@ -80,7 +80,7 @@ class Store:
         self.recovered: tuple[str, ...] = ()
         self._guard = threading.Lock()
         self._lock: StoreLock | None = None
-        self._is_given_back = False
+        self._is_unwanted = threading.Event()
         self._path: Path | None = None
         self._submits: dict[str, str] = {}
         self._submits_of: tuple[int, float] | None = None
@@ -100,7 +100,7 @@ class Store:
         """
         path = Path(os.path.realpath(path))
         with self._guard:
-            if self._is_given_back:  # the start was given up
+            if self._is_unwanted.is_set():  # the start was given up
                 return None
             self._lock = self._locked(path, shared)
             self._path = path
@@ -115,10 +115,14 @@ class Store:
         self.recovered = left.runs
         return _only(left.owners)
 
+    def give_up(self) -> None:
+        """Have :meth:`take` wait no more for one who dies; from any thread."""
+        self._is_unwanted.set()
+
     def give_back(self) -> None:
         """Let others have it, once the server is gone."""
+        self.give_up()
         with self._guard:
-            self._is_given_back = True
             lock, self._lock = self._lock, None
         if lock is not None:
             lock.give_back()
@@ -144,7 +148,7 @@ class Store:
     def _locked(self, path: Path, shared: bool) -> StoreLock:
         lock = StoreLock(path, shared=shared)
         try:
-            lock.take(_PATIENCE)
+            lock.take(_PATIENCE, self._is_unwanted)
         except StoreLockedError as exc:
             raise ServerStartError(_in_use(path, exc.holder)) from exc
         except OSError as exc:

@@ -471,12 +471,26 @@ class Supervisor:
             return options, binary
 
         try:
-            self._options, binary = await run_blocking(prepare)
+            async with quiet_task_group() as tasks:
+                tasks.start_soon(self._limit_wait_for_store)
+                self._options, binary = await run_blocking(prepare)
+                tasks.cancel_scope.cancel()
         except OSError as exc:
             raise ServerStartError(
                 f"the working directory cannot be used: {exc}"
             ) from exc
+        except ServerStartError:
+            # A wait that was cancelled has not failed.
+            await anyio.lowlevel.checkpoint_if_cancelled()
+            raise
         return binary
+
+    async def _limit_wait_for_store(self) -> None:
+        """The wait is a thread's, for which a cancellation of the start would wait."""
+        try:
+            await anyio.sleep(self._options.startup_timeout)
+        finally:
+            self.store.give_up()
 
     def _identity(self, options: ServerOptions, keeping: Keeping) -> str:
         """Take the store; return as whom the server is to use it.
