@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sqlite3
@@ -328,6 +329,30 @@ async def test_who_is_cancelled_in_the_crash_has_the_run_cancelled(store: Path) 
             while not await runtime.list_runs(status=RunStatus.CANCELLED):  # noqa: ASYNC110
                 await anyio.sleep(0.02)
             assert len(await runtime.list_runs()) == 1
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+async def test_a_relative_store_stays_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_file: bool
+) -> None:
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    here.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.chdir(here)
+    store = {"type": "sqlite", "databaseUrl": "sqlite:runs.db?mode=rwc"}
+    config: Any = {**CONFIG, "storageConfig": store}
+    if is_file:
+        (elsewhere / "config.json").write_text(json.dumps(config))
+        config = elsewhere / "config.json"
+    async with StepflowRuntime.start(
+        config, restart_policy=RestartPolicy.ON_FAILURE
+    ) as runtime:
+        run_id = (await runtime.run(ECHO, 1)).run_id
+        monkeypatch.chdir(elsewhere)
+        kill(runtime)
+        await wait_until(partial(is_above, runtime, 0))
+        assert (await runtime.get_result(run_id)).output == 1
+    assert not (elsewhere / "runs.db").exists()
 
 
 async def test_events_go_on_and_none_comes_twice(store: Path) -> None:

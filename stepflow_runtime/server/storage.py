@@ -227,6 +227,7 @@ class Keeping:
     :ivar resumes: whether it is sure that runs go on after the server was restarted
     :ivar path: the sqlite file in which the runs are, if they are in one
     :ivar leases: by what other servers may use the store at the same time; None: not at all
+    :ivar is_relative: whether it is a matter of the server's working directory where
     :ivar passwords: those in URLs of databases, which the server may print
     """
 
@@ -234,6 +235,7 @@ class Keeping:
     resumes: bool = False
     path: Path | None = None
     leases: Leases | None = None
+    is_relative: bool = False
     passwords: frozenset[str] = field(default=frozenset(), repr=False)
 
     @classmethod
@@ -248,6 +250,7 @@ class Keeping:
             resumes=all(map(_is_durable, stores)) and _recovers(config.get("recovery")),
             path=journal if journal == _sqlite_path(stores[0]) else None,
             leases=Leases.of(config),
+            is_relative=any(map(_is_relative, stores)),
             passwords=frozenset[str]().union(*map(_passwords, stores)),
         )
 
@@ -295,6 +298,14 @@ def _sqlite_path(store: object) -> Path | None:
         return None
     path = url.removeprefix(_SQLITE).removeprefix("//").partition("?")[0]
     return Path(unquote(path)) if path else None
+
+
+def _is_relative(store: object) -> bool:
+    if isinstance(store, Mapping) and store.get("type") == "filesystem":
+        directory = store.get("directory")
+        return isinstance(directory, str) and not Path(directory).is_absolute()
+    path = _sqlite_path(store)
+    return path is not None and not path.is_absolute()
 
 
 def _passwords(store: object) -> frozenset[str]:

@@ -114,6 +114,7 @@ class Supervisor:
         self.keeping = options.keeping() if options.is_whole else Keeping()
         self.store = Store()
         self._orchestrator_id = ""
+        self._directory: str | None = None
         self._recycler: Recycler | None = None
         self.traffic: FreeTraffic = FREE
         if (limits := options.limits()) is not None:
@@ -465,6 +466,9 @@ class Supervisor:
             self._guard.engage()
             self.keeping = keeping = options.keeping()
             self.logs.hide(keeping.passwords)
+            if keeping.is_relative:
+                # A server that is restarted must find what its predecessor has kept.
+                self._directory = os.getcwd()
             self._orchestrator_id = options.owner() or self._identity(options, keeping)
             if isinstance(self.traffic, Traffic):
                 self.traffic.keeps_results = not keeping.may_outlive
@@ -544,7 +548,7 @@ class Supervisor:
             port=self.journal.now.port or self._options.port or 0,
             orchestrator_id=self._orchestrator_id,
         )
-        command = replace(command, keep_fds=self.store.fds)
+        command = replace(command, keep_fds=self.store.fds, directory=self._directory)
         return await self._incarnation.live(binary, self._guard.marked(command))
 
     async def _reincarnate(self, binary: Path) -> ServerExit:
