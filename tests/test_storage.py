@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import sqlite3
 import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -23,6 +25,7 @@ from stepflow_runtime.logs.sinks import LogHub
 from stepflow_runtime.server.lock import StoreLock, StoreLockedError
 from stepflow_runtime.server.options import DEFAULT_CONFIG, ServerOptions
 from stepflow_runtime.server.storage import Keeping, Storage, merged
+from stepflow_runtime.server.store import Store
 
 SQLITE = {"type": "sqlite", "databaseUrl": "sqlite:/x.db?mode=rwc"}
 MEMORY = {"type": "inMemory"}
@@ -351,6 +354,41 @@ def test_it_dies_with_its_holder_and_the_holders_server(
             lock_of().take(0.1)
         os.kill(server, 9)
         lock_of().take(10)
+
+
+WRITE = """
+import sqlite3, sys
+sqlite3.connect(sys.argv[1], timeout=0).execute("BEGIN EXCLUSIVE")
+"""
+
+
+def test_what_the_program_has_locked_in_a_store_stays_locked(store: Path) -> None:
+    # Whoever closes a file undoes all locks that its process has on it.
+    with closing(sqlite3.connect(store)) as reader:
+        reader.execute("CREATE TABLE t (x)")
+        reader.execute("INSERT INTO t VALUES (1), (2), (3)")
+        reader.commit()
+        reading = reader.execute("SELECT * FROM t")
+        reading.fetchone()
+        held = Store()
+        held.take(store, shared=False, create=True)
+        held.give_back()
+        done = subprocess.run(
+            [sys.executable, "-c", WRITE, str(store)], check=False, capture_output=True
+        )
+        assert b"database is locked" in done.stderr
+        reading.close()
+
+
+def test_a_link_in_the_place_of_the_lock_is_not_followed(
+    store: Path, lock_of: Locks
+) -> None:
+    precious = store.with_name("precious")
+    precious.write_text("words")
+    store.with_name("runs.db-lock").symlink_to(precious)
+    with pytest.raises(OSError, match="runs.db-lock"):
+        lock_of().take(0)
+    assert precious.read_text() == "words"
 
 
 def _sleep_in_child(has_begun: Any, may_end: Any) -> None:

@@ -27,6 +27,11 @@ _SUFFIX: Final = "-lock"
 
 _PAUSE: Final = 0.02
 
+# A link there could lead to a file that is somebody's, and would be written to.
+_FLAGS: Final = (
+    os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
+)
+
 
 class StoreLockedError(Exception):
     """Somebody else has it.
@@ -97,8 +102,7 @@ class StoreLock:
                 os.close(fd)
 
     def _try(self) -> bool:
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
-        fd = os.open(self._path, flags, 0o600)
+        fd = os.open(self._path, _FLAGS, 0o600)
         try:
             if not (_lock(fd, shared=self._shared) and self._is_at(fd)):
                 os.close(fd)

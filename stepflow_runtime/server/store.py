@@ -9,6 +9,7 @@ Everything blocks: for a worker thread.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -172,9 +173,23 @@ def _in_use(path: Path, holder: int | None) -> str:
 
 
 def _create(path: Path) -> None:
-    """Make an empty one that is nobody else's to read: runs have secrets in them."""
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
-    os.close(os.open(path, flags, 0o600))
+    """Make an empty one that is nobody else's to read: runs have secrets in them.
+
+    One that is there is not even opened: to close it again would undo the locks of sqlite
+    that this process has on it, by a connection of the program's own.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
+    try:
+        os.close(os.open(path, flags, 0o600))
+    except FileExistsError:
+        if path.is_dir():
+            raise IsADirectoryError(
+                errno.EISDIR, os.strerror(errno.EISDIR), str(path)
+            ) from None
+        if not os.access(path, os.R_OK | os.W_OK):
+            raise PermissionError(
+                errno.EACCES, os.strerror(errno.EACCES), str(path)
+            ) from None
 
 
 def _left(path: Path) -> _Left:
