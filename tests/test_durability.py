@@ -331,6 +331,26 @@ async def test_who_is_cancelled_in_the_crash_has_the_run_cancelled(store: Path) 
             assert len(await runtime.list_runs()) == 1
 
 
+@pytest.mark.parametrize("is_killed", [False, True])
+async def test_who_is_cancelled_with_the_runtime_has_the_runs_cancelled(
+    store: Path, is_killed: bool
+) -> None:
+    async def run() -> None:
+        await runtime.run(SLEEP, 20_000)
+
+    with anyio.fail_after(PATIENCE):
+        async with anyio.create_task_group() as tasks, kept(store) as runtime:
+            await runtime.store_flow(SLEEP)
+            for _ in range(5):
+                tasks.start_soon(run)
+            while len(await runtime.list_runs()) < 5:  # noqa: ASYNC110
+                await anyio.sleep(0.01)
+            if is_killed:
+                kill(runtime)
+            tasks.cancel_scope.cancel()
+    assert asked(store, "SELECT DISTINCT status FROM runs") == [("cancelled",)]
+
+
 @pytest.mark.parametrize("is_file", [False, True])
 async def test_a_relative_store_stays_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_file: bool

@@ -173,15 +173,19 @@ class Supervisor:
         """
         self._loop = current_loop()
         self._has_loop_of_its_own = in_loop_of_its_own
+        # What cancels the block does not end the server under it: first those who are in
+        # there have their runs cancelled, which it would go on with in its next life.
+        life = anyio.CancelScope(shield=self.keeping.may_outlive)
         try:
             async with quiet_task_group() as tasks:
-                tasks.start_soon(self._live, tasks)
+                tasks.start_soon(self._live, tasks, life)
                 tasks.start_soon(self._crew.work)
                 try:
                     await self.wait_ready()
                     yield
                 finally:
                     self._crew.dismiss()
+                    life.cancel()
         finally:
             self.stop_serving()
             self._finish()
@@ -364,12 +368,12 @@ class Supervisor:
 
     # -- the restart loop ----------------------------------------------------------
 
-    async def _live(self, tasks: TaskGroup) -> None:
+    async def _live(self, tasks: TaskGroup, life: anyio.CancelScope) -> None:
         """Keep the server, until it is lost for good or a stop is asked for."""
         try:
-            with anyio.CancelScope() as life:
-                tasks.start_soon(self._heed_stop, life)
+            with life:
                 async with quiet_task_group() as care:
+                    care.start_soon(self._heed_stop, life)
                     if self._recycler is not None:
                         care.start_soon(self._recycler.work)
                     await self._supervise(tasks, care)
