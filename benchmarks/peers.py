@@ -22,15 +22,21 @@ import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+)
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 import stepflow_orchestrator
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
-from stepflow_runtime import LogConfig, StepflowRuntime
+from stepflow_runtime import LogConfig, StepflowClient, StepflowRuntime
 
 from .measure import Sample, load, of_latencies
 
@@ -41,6 +47,7 @@ __all__ = [
     "QUIET",
     "Load",
     "bare_server",
+    "clients",
     "connect",
     "environment",
     "exchange",
@@ -180,17 +187,38 @@ async def httpx_client(port: int) -> AsyncIterator[Runs]:
         yield run
 
 
+@asynccontextmanager
+async def clients(*urls: str | list[str]) -> AsyncIterator[Runs]:
+    """A client of each, which take the runs in turn."""
+    async with AsyncExitStack() as stack:
+        runs = []
+        for url in urls:
+            client = await stack.enter_async_context(StepflowClient(url))
+            flow_id = await client.store_flow(FLOW)
+            (await client.run(flow_id, INPUT)).unwrap()
+            runs.append(partial(client.run, flow_id, INPUT))
+        turns = cycle(runs)
+        yield lambda: next(turns)()
+
+
 # -- the bare binary -------------------------------------------------------------------
 
 
 @contextmanager
 def bare_server(
-    level: str = "error", *, drain: bool = False, config: dict[str, Any] = CONFIG
+    level: str = "error",
+    *,
+    drain: bool = False,
+    config: dict[str, Any] = CONFIG,
+    identity: str = "alone",
 ) -> Iterator[tuple[int, int]]:
-    """A server started by hand: its port and its pid."""
+    """A server started by hand: its port and its pid.
+
+    :param identity: who it is to those that it shares a store with
+    """
     with subprocess.Popen(
         [str(BINARY), "--port", "0", "--config-stdin", "--log-level", level]
-        + ["--log-format", "json"],
+        + ["--log-format", "json", "--orchestrator-id", identity],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

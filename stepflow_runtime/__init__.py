@@ -11,9 +11,11 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .backup import backup_store as backup_store
     from .client import StepflowClient as StepflowClient
     from .errors import AccessDeniedError as AccessDeniedError
     from .errors import ApiError as ApiError
+    from .errors import BackupError as BackupError
     from .errors import BinaryNotFoundError as BinaryNotFoundError
     from .errors import ConflictError as ConflictError
     from .errors import ConnectionLostError as ConnectionLostError
@@ -73,10 +75,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PLACES = {
+    "backup": ("backup_store",),
     "client": ("StepflowClient",),
     "errors": (
         "AccessDeniedError",
         "ApiError",
+        "BackupError",
         "BinaryNotFoundError",
         "ConflictError",
         "ConnectionLostError",

@@ -93,7 +93,7 @@ from .representable import SIXTY_FOUR_BITS, representable
 from .traffic import FREE, FreeTraffic, Hold, StoredBlob
 from .transport import NO_HEADERS, Heir, Response, Stream
 
-__all__ = ["ApiExecutor", "SubmitMark"]
+__all__ = ["ApiExecutor", "SubmitMark", "next_wait_among_several"]
 
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
@@ -105,6 +105,12 @@ _FIRST_WAIT: Final = 1
 # And each further one. What is between us and a server far away (proxies, load balancers)
 # ends connections in which nothing happens, mostly after 60 s.
 _NEXT_WAIT: Final = 30
+
+# Where several servers share a store, about a quarter of what was waited so far, within these.
+# A server wakes who waits for the runs that it has itself; where another one has the run, the
+# end is heard of when the wait is over.
+_SHORTEST_WAIT: Final = 1
+_LONGEST_WAIT: Final = 5
 
 # The server answers a waiting request at once for a run that is paused.
 _STILL_RUNNING_PAUSE: Final = 0.1
@@ -133,6 +139,11 @@ _COUNTED_ITEMS: Final = 100
 
 # How long a failed run's reasons may take to be found out: no part of its time limit.
 _REASON_PATIENCE: Final = 5.0
+
+
+def next_wait_among_several(waited: float) -> int:
+    """For how many seconds one of several servers is asked to wait for a run's end."""
+    return min(max(_SHORTEST_WAIT, int(waited / 4)), _LONGEST_WAIT)
 
 
 class ApiExecutor(ABC):

@@ -23,7 +23,7 @@ import anyio
 from anyio import AsyncContextManagerMixin
 
 from . import wire
-from .api import ApiExecutor
+from .api import ApiExecutor, next_wait_among_several
 from .arguments import check_timeout
 from .crew import Crew
 from .errors import ConnectionLostError, StepflowError
@@ -45,12 +45,6 @@ _PAUSES: Final = (0.1, 0.2, 0.5, 1.0, 2.0)
 
 # What proxies answer for a server that is not there just now.
 _NOT_NOW: Final = frozenset({429, 502, 503, 504})
-
-# Seconds for which one of several servers is asked to wait for a run's end: about a quarter of
-# what was waited so far, within these. A server wakes who waits for the runs that it has itself;
-# where another one has the run, the end is heard of when the wait is over.
-_SHORTEST_WAIT: Final = 1
-_LONGEST_WAIT: Final = 5
 
 # How long a connection may take to be made. A machine that is gone answers nothing at all.
 _CONNECTING: Final = 5.0
@@ -280,7 +274,7 @@ class StepflowClient(ApiExecutor, AsyncContextManagerMixin):
     def _next_wait(self, waited: float) -> int:
         if not self._servers.are_several:
             return super()._next_wait(waited)
-        return min(max(_SHORTEST_WAIT, int(waited / 4)), _LONGEST_WAIT)
+        return next_wait_among_several(waited)
 
     @property
     def _is_gone(self) -> bool:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AccessDeniedError",
     "ApiError",
+    "BackupError",
     "BinaryNotFoundError",
     "ConflictError",
     "ConnectionLostError",
@@ -212,6 +213,10 @@ class RunLostError(ServerCrashedError):
 
 class RuntimeStoppedError(ServerError):
     """The runtime is not running: not entered yet, being stopped, or stopped."""
+
+
+class BackupError(StepflowError):
+    """A store cannot be copied, or not to where it is to go."""
 
 
 # -- the conversation with it ----------------------------------------------------------

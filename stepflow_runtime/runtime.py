@@ -27,7 +27,7 @@ import anyio
 from anyio import AsyncContextManagerMixin
 from anyio.abc import TaskStatus
 
-from .api import ApiExecutor, SubmitMark
+from .api import ApiExecutor, SubmitMark, next_wait_among_several
 from .arguments import check_count
 from .crew import Crew, Kind
 from .errors import (
@@ -473,7 +473,8 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
 
         The oldest first. The server goes on with them by itself; :meth:`get_result` and
         :meth:`get_batch` wait for them. Known when the server is READY; empty for a store
-        that is in memory, shared by a ``lease``, or not a file of sqlite.
+        that is in memory, or not a file of sqlite. Of one that is shared by a ``lease``,
+        those of the ``orchestrator_id`` that was given.
         """
         return self._supervisor.store.recovered
 
@@ -495,6 +496,11 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
         if ready is None:
             return None
         return _KEPT if self._supervisor.keeping.resumes else ready.incarnation
+
+    def _next_wait(self, waited: float) -> int:
+        if self._supervisor.keeping.leases is None:
+            return super()._next_wait(waited)
+        return next_wait_among_several(waited)
 
     async def _request(
         self,

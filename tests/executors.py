@@ -46,6 +46,7 @@ KINDS: Final = (
     "client, entered",
     "client, not entered",
     "client, with an httpx client",
+    "client, of several servers",
 )
 
 
@@ -80,6 +81,10 @@ async def executor_of(kind: str, server_url: str) -> AsyncIterator[ApiExecutor]:
                 httpx.AsyncClient() as http_client,
                 StepflowClient(server_url, http_client=http_client) as client,
             ):
+                yield client
+        case "client, of several servers":
+            # Nobody listens at the first one.
+            async with StepflowClient(["http://127.0.0.1:1", server_url]) as client:
                 yield client
         case _:
             raise AssertionError(kind)

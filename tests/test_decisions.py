@@ -20,9 +20,35 @@ from stepflow_runtime.server.diagnosis import (
     last_words,
     without_ansi,
 )
+from stepflow_runtime.server.lease import is_lost
 from stepflow_runtime.server.options import DEFAULT_CONFIG, ServerOptions
 from stepflow_runtime.server.process import ServerExit
 from stepflow_runtime.server.restart import MAX_BACKOFF, GiveUp, Restart, decide
+
+# -- leases ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("looks", "lost"),
+    [
+        ([None, 0], False),  # it may be just being made
+        ([None, 0, 0], True),
+        ([7, 0, 0], True),
+        ([6, 7, 8], False),
+        ([7, 7], False),  # two looks between two renewals
+        ([6, 7, 7, 8], False),
+        ([7, 7, 7], True),
+        ([8, 1, 1], False),  # a fresh server's
+        ([7, 7, None], False),  # without an etcd it cannot be renewed
+        ([7, 7, None, 7], False),
+        ([None, None, None], False),
+    ],
+)
+def test_a_lease_is_lost_when_it_is_missing_or_not_renewed(
+    looks: list[int | None], lost: bool
+) -> None:
+    assert is_lost(looks) is lost
+
 
 # -- restarts --------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import yaml
 
 import stepflow_runtime
 from stepflow_runtime import (
@@ -26,6 +27,8 @@ from stepflow_runtime import (
     RunTimeoutError,
     ServerCrashedError,
     ServerExit,
+    ServerStartError,
+    StepflowRuntime,
     SubmitInterruptedError,
     UnrepresentableValueError,
 )
@@ -72,6 +75,19 @@ def test_a_sample_runs(sample: str, tmp_path: Path) -> None:
         done = python(str(file), cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout
+
+
+def test_the_clusters_configuration_is_read_up_to_what_the_bundled_server_lacks() -> (
+    None
+):
+    (text,) = [b for b in blocks("docs/how-to.md", "yaml") if "postgres" in b]
+    config = yaml.safe_load(text)
+    with pytest.raises(ServerStartError, match="PostgreSQL support was not compiled"):
+        StepflowRuntime.start(config)
+    of_memory = {**config, "storageConfig": {"type": "inMemory"}}
+    del of_memory["leaseManager"]  # that would be asked first, and nobody is there
+    with pytest.raises(ServerStartError, match="`nats` feature"):
+        StepflowRuntime.start(of_memory)
 
 
 def test_the_tutorial_can_be_followed(tmp_path: Path) -> None:
@@ -156,6 +172,7 @@ def test_the_public_names_are_these() -> None:
     assert public_names() == [
         "AccessDeniedError",
         "ApiError",
+        "BackupError",
         "BinaryNotFoundError",
         "ComponentInfo",
         "ComponentList",
@@ -212,6 +229,7 @@ def test_the_public_names_are_these() -> None:
         "UnrepresentableValueError",
         "UnsupportedServerError",
         "ValidationResult",
+        "backup_store",
     ]
 
 

@@ -591,6 +591,31 @@ async def wait_until_runs(runtime: StepflowRuntime, number: int) -> None:
 
 
 @each_backend
+@pytest.mark.parametrize("fault", [UNHEARD, SILENCE, "503"])
+async def test_a_run_whose_server_was_only_asked_for_its_version_was_not_sent(
+    fault: str,
+) -> None:
+    faults = (lambda _: fault), always(PASS)
+    async with clustered(*faults, timeout=0.3) as (client, runtime, (a, b)):
+        flow_id = await runtime.store_flow(ECHO)
+        assert (await client.run(flow_id, 1)).output == 1
+        assert (a.seen, b.seen) == ([HEALTH], [HEALTH, SUBMIT])
+
+
+@each_backend
+async def test_a_run_for_which_no_connection_came_about_was_not_sent() -> None:
+    async with (
+        StepflowRuntime.start(CONFIG) as runtime,
+        full_backlog() as hanging,
+        StepflowClient([hanging, runtime.url], timeout=0.4) as client,
+    ):
+        client._servers.all[0].is_known = True  # it was well a moment ago
+        flow_id = await runtime.store_flow(ECHO)
+        assert (await client.run(flow_id, 1)).output == 1
+        assert client.url == runtime.url
+
+
+@each_backend
 async def test_a_single_server_is_no_other_case(short_pauses: None) -> None:
     async with (
         StepflowRuntime.start(CONFIG) as runtime,

@@ -362,7 +362,11 @@ sqlite3.connect(sys.argv[1], timeout=0).execute("BEGIN EXCLUSIVE")
 """
 
 
-def test_what_the_program_has_locked_in_a_store_stays_locked(store: Path) -> None:
+def test_what_the_program_has_locked_in_a_store_stays_locked(
+    store: Path, real_binary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The database of the test is no server's.
+    monkeypatch.setattr("stepflow_runtime.server.store.prepare_store", print)
     # Whoever closes a file undoes all locks that its process has on it.
     with closing(sqlite3.connect(store)) as reader:
         reader.execute("CREATE TABLE t (x)")
@@ -371,7 +375,7 @@ def test_what_the_program_has_locked_in_a_store_stays_locked(store: Path) -> Non
         reading = reader.execute("SELECT * FROM t")
         reading.fetchone()
         held = Store()
-        held.take(store, shared=False, create=True)
+        held.take(store, name=None, shared=False, create=True, binary=real_binary)
         held.give_back()
         done = subprocess.run(
             [sys.executable, "-c", WRITE, str(store)], check=False, capture_output=True

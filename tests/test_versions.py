@@ -6,12 +6,15 @@ import errno
 import importlib.metadata
 import json
 import os
+import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +22,7 @@ from typing import Any, NamedTuple
 import anyio
 import httpx
 import pytest
+from anyio import to_thread
 from anyio.abc import SocketAttribute, SocketStream
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,6 +38,8 @@ from stepflow_runtime import (
     RunCreated,
     RunStatus,
     RunTimeoutError,
+    ServerCrashedError,
+    ServerFaultError,
     ServerStartError,
     StepCompleted,
     StepflowClient,
@@ -43,8 +49,10 @@ from stepflow_runtime import (
     SubRunCreated,
     UnknownEvent,
     UnsupportedServerError,
+    backup_store,
     wire,
 )
+from stepflow_runtime.server.schema import MIGRATIONS, prepare_store, upgrade_store
 
 from .conftest import each_backend, wait_until
 from .executors import server_by_hand
@@ -135,8 +143,10 @@ def too_old_server() -> Server:
 
 
 @asynccontextmanager
-async def running(server: Server) -> AsyncIterator[StepflowRuntime]:
-    async with StepflowRuntime.start(server.config, binary=server.binary) as runtime:
+async def running(server: Server, **options: Any) -> AsyncIterator[StepflowRuntime]:
+    async with StepflowRuntime.start(
+        server.config, binary=server.binary, **options
+    ) as runtime:
         with anyio.fail_after(30):
             if server.version == OLD:
                 await wait_until(lambda: _is_set_up(runtime))
@@ -146,7 +156,10 @@ async def running(server: Server) -> AsyncIterator[StepflowRuntime]:
 def _is_set_up(runtime: StepflowRuntime) -> bool:
     """0.12 takes connections before it can run anything, and a run kills its thread."""
     return any(
-        "Starting orphan claiming loop" in entry.message
+        # As it is by itself, and as it is with storage=.
+        entry.message.startswith(
+            ("Starting orphan claiming", "Periodic orphan claiming")
+        )
         for entry in runtime.get_recent_logs(1000)
     )
 
@@ -580,6 +593,165 @@ async def test_the_old_server_does_not_know_the_default_routes(
     assert "No matching rule found for component: /builtin/create_messages" in str(
         result.error
     )
+
+
+# -- stores ----------------------------------------------------------------------------
+
+
+def asked(store: Path, question: str) -> list[Any]:
+    with closing(sqlite3.connect(f"{store.as_uri()}?mode=ro", uri=True)) as database:
+        return database.execute(question).fetchall()
+
+
+def is_dated(store: Path) -> bool:
+    """True if a server 0.13 could not read it."""
+    columns = asked(store, "SELECT type FROM pragma_table_info('runs')")
+    return ("DATETIME",) in columns
+
+
+@dataclass
+class Written:
+    """What a server has been told to keep, and what it was killed over."""
+
+    blob: str
+    flow: FlowId
+    outputs: dict[str, Any]
+    batch: str
+    failed: str
+    unfinished: dict[str, Gate]
+
+
+async def write(runtime: StepflowRuntime, tmp_path: Path, first: int = 0) -> Written:
+    chat = await runtime.run(CHAT, {"text": "hi"})
+    written = Written(
+        blob=await runtime.put_blob({"x": [1, None]}),
+        flow=await runtime.store_flow(CHAT),
+        outputs={chat.run_id: said("hi")},
+        batch=await runtime.submit_batch(CHAT, [{"text": str(n)} for n in range(20)]),
+        failed=(await runtime.run(BROKEN)).run_id,
+        unfinished={},
+    )
+    await runtime.get_batch(written.batch)
+    for number in range(first, first + 3):
+        gate = Gate(tmp_path / f"gate-{number}")
+        written.unfinished[await runtime.submit(READ, gate.path)] = gate
+    return written
+
+
+async def see_that_all_is_there(runtime: StepflowRuntime, written: Written) -> None:
+    for run, output in written.outputs.items():
+        assert (await runtime.get_result(run)).output == output
+    _, results = await runtime.get_batch(written.batch)
+    assert [each.output for each in results] == [said(str(n)) for n in range(20)]
+    error = (await runtime.get_result(written.failed)).error
+    assert error is not None and error.message == "Undefined variable: nothing"
+    assert await runtime.get_blob(written.blob) == {"x": [1, None]}
+    assert (await runtime.run(written.flow, {"text": "again"})).output == said("again")
+    assert (await runtime.get_run(written.batch)).created_at is not None
+    events = [type(each) async for each in runtime.events(written.failed)]
+    assert (events[0], events[-1]) == (RunCreated, RunCompleted)
+
+
+async def see_that_the_rest_is_done(runtime: StepflowRuntime, written: Written) -> None:
+    for run, gate in written.unfinished.items():
+        assert (await runtime.get_run(run)).status is RunStatus.RUNNING
+        await gate.open()
+        assert (await runtime.get_result(run)).output == {"read": 1}
+
+
+async def kill(runtime: StepflowRuntime) -> None:
+    assert runtime.pid is not None
+    os.kill(runtime.pid, signal.SIGKILL)
+    with pytest.raises(ServerCrashedError):
+        await runtime.get_run("0" * 32)
+
+
+@pytest.mark.anyio
+@each_backend
+async def test_a_store_of_the_last_version_is_taken_over(
+    old_server: Server, tmp_path: Path, real_binary: Path
+) -> None:
+    """Which the server of this version by itself cannot read."""
+    store, now = tmp_path / "runs.db", _server(INSTALLED, real_binary)
+    with anyio.fail_after(90):
+        async with running(old_server, storage=store) as runtime:
+            written = await write(runtime, tmp_path)
+            await kill(runtime)
+        done = {n for (n,) in asked(store, "SELECT name FROM _stepflow_migrations")}
+        assert done == MIGRATIONS["0.12"]
+        rows = "SELECT * FROM runs JOIN run_items ON run_id = id"
+        before = asked(store, rows)
+
+        async with running(now, storage=store) as runtime:
+            assert set(runtime.recovered_runs) == set(written.unfinished)
+            await see_that_all_is_there(runtime, written)
+            await see_that_the_rest_is_done(runtime, written)
+        assert asked(store, "PRAGMA integrity_check") == [("ok",)]
+        # What was over is as it was, to the letter.
+        over = [row for row in before if row[0] not in written.unfinished]
+        assert len(over) == 22
+        assert set(over) <= set(asked(store, rows))
+
+
+@pytest.mark.anyio
+@each_backend
+async def test_the_server_of_this_version_by_itself_cannot_read_the_last_ones_store(
+    old_server: Server, tmp_path: Path, real_binary: Path
+) -> None:
+    """If this fails, there is nothing to upgrade any more."""
+    store, now = tmp_path / "runs.db", _server(INSTALLED, real_binary)
+    async with running(old_server, storage=store) as runtime:
+        run = (await runtime.run(CHAT, {"text": "hi"})).run_id
+    stored = {"type": "sqlite", "databaseUrl": f"sqlite:{store}"}
+    config = {**(now.config or {}), "storageConfig": stored}
+    with server_by_hand(real_binary, config) as url:
+        async with StepflowClient(url) as client:
+            with pytest.raises(ServerFaultError):
+                await client.get_run(run)
+
+
+@pytest.mark.anyio
+@each_backend
+async def test_a_store_is_upgraded_under_a_server_and_can_be_given_back(
+    old_server: Server, tmp_path: Path, real_binary: Path
+) -> None:
+    store, now = tmp_path / "runs.db", _server(INSTALLED, real_binary)
+    copy = tmp_path / "copy.db"
+    with anyio.fail_after(120):
+        async with running(old_server, storage=store) as runtime:
+            written = await write(runtime, tmp_path)
+            await backup_store(store, copy)
+            assert is_dated(store)
+            assert await to_thread.run_sync(upgrade_store, store)
+            assert not is_dated(store)
+            assert not await to_thread.run_sync(upgrade_store, store)
+            await see_that_all_is_there(runtime, written)
+            await see_that_the_rest_is_done(runtime, written)
+        async with running(now, storage=store) as runtime:
+            await see_that_all_is_there(runtime, written)
+            new = await write(runtime, tmp_path, 3)
+            await kill(runtime)
+        async with running(old_server, storage=store) as runtime:
+            await see_that_all_is_there(runtime, written)
+            await see_that_all_is_there(runtime, new)
+            await see_that_the_rest_is_done(runtime, new)
+        # A copy that was made before the upgrade is what it was.
+        assert is_dated(copy)
+        async with running(now, storage=copy) as runtime:
+            await see_that_all_is_there(runtime, written)
+            await see_that_the_rest_is_done(runtime, written)
+
+
+def test_a_store_too_old_is_refused(
+    too_old_server: Server, tmp_path: Path, real_binary: Path
+) -> None:
+    store = tmp_path / "runs.db"
+    stored = {"type": "sqlite", "databaseUrl": f"sqlite:{store}?mode=rwc"}
+    config = {**(too_old_server.config or {}), "storageConfig": stored}
+    with server_by_hand(too_old_server.binary, config):
+        pass
+    with pytest.raises(ServerStartError, match=r"a server of version 0\.11 or older"):
+        prepare_store(store, real_binary)
 
 
 # -- what is not -----------------------------------------------------------------------

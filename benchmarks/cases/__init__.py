@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from . import bulk, growth, logs, running, soak, starting
+from . import bulk, growth, logs, running, servers, soak, starting
 
 __all__ = ["ALL"]
 
 ALL = (
     *starting.CASES,
     *running.CASES,
+    *servers.CASES,
     *bulk.CASES,
     *logs.CASES,
     *soak.CASES,

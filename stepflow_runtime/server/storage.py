@@ -229,6 +229,7 @@ class Keeping:
     :ivar leases: by what other servers may use the store at the same time; None: not at all
     :ivar is_relative: whether it is a matter of the server's working directory where
     :ivar passwords: those in URLs of databases, which the server may print
+    :ivar claims: whether it takes other servers' runs over, alive or not, where no leases say
     """
 
     may_outlive: bool = True
@@ -237,6 +238,7 @@ class Keeping:
     leases: Leases | None = None
     is_relative: bool = False
     passwords: frozenset[str] = field(default=frozenset(), repr=False)
+    claims: bool = True
 
     @classmethod
     def of(cls, config: object) -> Self:
@@ -252,6 +254,7 @@ class Keeping:
             leases=Leases.of(config),
             is_relative=any(map(_is_relative, stores)),
             passwords=frozenset[str]().union(*map(_passwords, stores)),
+            claims=_claims(config.get("recovery")),
         )
 
 
@@ -323,6 +326,10 @@ def _passwords(store: object) -> frozenset[str]:
     passwords = (credentials.partition(":")[2] for credentials in named)
     queried = re.findall("[?&]password=([^&#]+)", url)
     return frozenset([*filter(None, passwords), *queried])
+
+
+def _claims(recovery: object) -> bool:
+    return not isinstance(recovery, Mapping) or recovery.get("enabled") is not False
 
 
 def _recovers(recovery: object) -> bool:

@@ -15,14 +15,14 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from urllib.parse import quote
 
 from ..errors import ServerStartError
 from ..logs.own import report
 from .lock import StoreLock, StoreLockedError
+from .schema import prepare_store
 
 if TYPE_CHECKING:
     import sqlite3
@@ -63,12 +63,8 @@ class UnreadableStoreError(Exception):
     """The store does not tell; the message says why."""
 
 
-@dataclass(frozen=True)
-class _Left:
-    """What an earlier server has left unfinished."""
-
-    runs: tuple[str, ...] = ()
-    owners: frozenset[str | None] = frozenset()
+# A run that is unfinished, and the id of the server that had it, if one had.
+_Left: TypeAlias = tuple[str, str | None]
 
 
 class Store:
@@ -92,11 +88,16 @@ class Store:
         lock = self._lock
         return () if lock is None else lock.fds
 
-    def take(self, path: Path, *, shared: bool, create: bool) -> str | None:
-        """Take the store in a file; return whose its unfinished runs are, if that is one.
+    def take(
+        self, path: Path, *, name: str | None, shared: bool, create: bool, binary: Path
+    ) -> str | None:
+        """Take the store in a file; return as whom a server goes on with its runs.
 
+        :param name: as whom the server is to use it, if that was chosen
         :param shared: whether others may have it at the same time
         :param create: whether it may have to be made
+        :param binary: the server that is to use it
+        :return: the name, or else that of who has the unfinished runs; None if nobody has
         :raises ServerStartError: if it is somebody else's, or no file can be there
         """
         path = Path(os.path.realpath(path))
@@ -105,16 +106,20 @@ class Store:
                 return None
             self._lock = self._locked(path, shared)
             self._path = path
+        prepare_store(path, binary)
         try:
             if create:
                 _create(path)
         except OSError as exc:
             raise ServerStartError(f"storage: a store cannot be made: {exc}") from exc
+        if shared and name is None:
+            return None  # what is unfinished may be a neighbour's, and under way
         left = _left(path)
-        if shared:
-            return None  # they may be a neighbour's, and under way
-        self.recovered = left.runs
-        return _only(left.owners)
+        name = name or next((owner for _, owner in left if owner), None)
+        self.recovered = tuple(run for run, owner in left if owner in (name, None))
+        if not shared:
+            _warn_of_others(left, name)
+        return name
 
     def give_up(self) -> None:
         """Have :meth:`take` wait no more for one who dies; from any thread."""
@@ -192,31 +197,26 @@ def _create(path: Path) -> None:
             ) from None
 
 
-def _left(path: Path) -> _Left:
-    """What is unfinished; nothing if it cannot be read, for then no id would help."""
+def _left(path: Path) -> list[_Left]:
+    """What is unfinished; nothing if it cannot be read, for then no name would help."""
     try:
         if path.stat().st_size == 0:
-            return _Left()
+            return []
         with _opened(path) as store:
-            rows = store.execute(_UNFINISHED).fetchall()
+            return store.execute(_UNFINISHED).fetchall()
     except (OSError, UnreadableStoreError):
-        return _Left()
-    return _Left(
-        runs=tuple(run for run, _ in rows), owners=frozenset(owner for _, owner in rows)
-    )
+        return []
 
 
-def _only(owners: frozenset[str | None]) -> str | None:
-    named = sorted(owner for owner in owners if owner)
-    if len(named) > 1:
+def _warn_of_others(left: list[_Left], name: str | None) -> None:
+    others = sorted({owner for _, owner in left if owner} - {name})
+    if others:
         report(
             logging.WARNING,
-            "the store has unfinished runs of several servers (%s), and this one will go "
-            "on with those of the first only; the others are for servers with their "
-            "orchestrator_id, or with lease=",
-            ", ".join(named),
+            "the store has unfinished runs of other servers (%s), with which this one will "
+            "not go on: they are for a server with that orchestrator_id",
+            ", ".join(others),
         )
-    return named[0] if named else None
 
 
 def _submits(path: Path, since: float) -> dict[str, str]:

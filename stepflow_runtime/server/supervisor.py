@@ -473,7 +473,7 @@ class Supervisor:
             if keeping.is_relative:
                 # A server that is restarted must find what its predecessor has kept.
                 self._directory = os.getcwd()
-            self._orchestrator_id = options.owner() or self._identity(options, keeping)
+            self._orchestrator_id = self._identity(options, keeping, binary)
             if isinstance(self.traffic, Traffic):
                 self.traffic.keeps_results = not keeping.may_outlive
             return options, binary
@@ -500,20 +500,31 @@ class Supervisor:
         finally:
             self.store.give_up()
 
-    def _identity(self, options: ServerOptions, keeping: Keeping) -> str:
+    def _identity(self, options: ServerOptions, keeping: Keeping, binary: Path) -> str:
         """Take the store; return as whom the server is to use it.
 
         A server recovers the runs of its own id. So it is the one that the store's
         unfinished runs have, wherever that was made; or else one made of its path.
         """
-        path, owner = keeping.path, None
+        path, name = keeping.path, options.owner()
+        is_shared = keeping.leases is not None
         if path is not None:
-            may_create = options.storage is not None
-            shared = keeping.leases is not None
-            owner = self.store.take(path, shared=shared, create=may_create)
-        if path is None or keeping.leases is not None:
-            return f"stepflow-runtime-{uuid.uuid4()}"
-        return owner or f"stepflow-runtime-{uuid.uuid5(uuid.NAMESPACE_URL, str(path))}"
+            # Servers of names of their own, that leave each other's runs alone, get along
+            # without leases; one that storage= was given for has it for itself.
+            is_asked_for = options.storage is not None
+            gets_along = name is not None and not (keeping.claims or is_asked_for)
+            name = self.store.take(
+                path,
+                name=name,
+                shared=is_shared or gets_along,
+                create=is_asked_for,
+                binary=binary,
+            )
+        if name is not None:
+            return name
+        is_own = path is None or is_shared
+        made = uuid.uuid4() if is_own else uuid.uuid5(uuid.NAMESPACE_URL, str(path))
+        return f"stepflow-runtime-{made}"
 
     def _open_logs(self) -> None:
         try:
