@@ -650,8 +650,14 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
 
         Bounded, and shielded: it is a part of the end.
         """
-        if self._crew.has_errands and self._supervisor.keeping.may_outlive:
-            with anyio.CancelScope(shield=True):
+        if not self._supervisor.keeping.may_outlive:
+            return
+        with anyio.CancelScope(shield=True):
+            # Callers who are cancelled together with us have their say in the next turn of
+            # the loop, under trio before or after us.
+            await anyio.lowlevel.checkpoint()
+            await anyio.lowlevel.checkpoint()
+            if self._crew.has_errands:
                 await self._crew.settle(self._time_for_errands(timeout))
 
     def _time_for_errands(self, timeout: float | None) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sqlite3
@@ -9,7 +10,8 @@ import stat
 import subprocess
 import sys
 from collections import Counter
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from stepflow_runtime import (
     RestartPolicy,
     RunStatus,
     RuntimeState,
+    RuntimeStoppedError,
     ServerCrashedError,
     ServerStartError,
     StepflowClient,
@@ -59,6 +62,22 @@ def is_above(runtime: StepflowRuntime, restarts: int) -> bool:
 def asked(store: Path, question: str) -> list[Any]:
     with closing(sqlite3.connect(store)) as connection:
         return connection.execute(question).fetchall()
+
+
+HOLD = """
+import os, subprocess, sys
+from pathlib import Path
+from stepflow_runtime.server.lock import StoreLock
+
+lock = StoreLock(Path(sys.argv[1]), shared=False)
+lock.take(0)
+nothing = subprocess.DEVNULL
+heir = subprocess.Popen(
+    ["sleep", "60"], pass_fds=lock.fds, stdout=nothing, stderr=nothing
+)
+print(heir.pid, flush=True)
+os._exit(0)
+"""
 
 
 def mode_of(path: Path) -> int:
@@ -142,6 +161,43 @@ async def test_a_start_that_failed_holds_no_store(store: Path) -> None:
         assert (await runtime.run(ECHO, 1)).is_success
 
 
+@contextmanager
+def held_by_a_dead_one(store: Path) -> Iterator[None]:
+    """As if the server of a Python that was killed would not die."""
+    done = subprocess.run(
+        [sys.executable, "-c", HOLD, str(store)], stdout=subprocess.PIPE, check=True
+    )
+    try:
+        yield
+    finally:
+        os.kill(int(done.stdout), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("way", ["cancelled", "stopped", "timeout"])
+async def test_a_start_that_waits_for_a_dying_holder_can_be_given_up(
+    store: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.setattr("stepflow_runtime.server.store._PATIENCE", 30)
+    timeout = 0.2 if way == "timeout" else 30
+    runtime = kept(store, startup_timeout=timeout)
+
+    async def start() -> None:
+        error = ServerStartError if way == "timeout" else RuntimeStoppedError
+        with pytest.raises(error):
+            async with runtime:
+                pass
+
+    with held_by_a_dead_one(store), anyio.fail_after(15):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(start)
+            await anyio.sleep(0.2)
+            if way == "cancelled":
+                tasks.cancel_scope.cancel()
+            elif way == "stopped":
+                await runtime.stop_async()
+    assert runtime.state.is_final
+
+
 @pytest.mark.parametrize("name", ["no/runs.db", "."])
 async def test_where_no_store_can_be(tmp_path: Path, name: str) -> None:
     with pytest.raises(ServerStartError, match="storage: .*"):
@@ -157,6 +213,19 @@ async def test_a_binary_without_postgresql_says_what_to_do() -> None:
     assert "without PostgreSQL" in words
     assert "binary=" in words and "StepflowClient" in words
     assert "hush" not in words
+
+
+async def test_a_url_that_the_server_cannot_use_is_told_without_its_password() -> None:
+    url = "mysql://me:hush@127.0.0.1/db"
+    config = {**CONFIG, "storageConfig": {"type": "postgres", "databaseUrl": url}}
+    runtime = StepflowRuntime.start(config)
+    with pytest.raises(
+        ServerStartError, match=r"mysql://me:\*\*\*@127\.0\.0\.1"
+    ) as failed:
+        async with runtime:
+            pass
+    told = [*failed.value.recent_logs, *runtime.get_recent_logs()]
+    assert "hush" not in str(failed.value) + repr(told)
 
 
 # -- the server dies -------------------------------------------------------------------
@@ -260,6 +329,50 @@ async def test_who_is_cancelled_in_the_crash_has_the_run_cancelled(store: Path) 
             while not await runtime.list_runs(status=RunStatus.CANCELLED):  # noqa: ASYNC110
                 await anyio.sleep(0.02)
             assert len(await runtime.list_runs()) == 1
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+async def test_who_is_cancelled_with_the_runtime_has_the_runs_cancelled(
+    store: Path, is_killed: bool
+) -> None:
+    async def run() -> None:
+        await runtime.run(SLEEP, 20_000)
+
+    with anyio.fail_after(PATIENCE):
+        async with anyio.create_task_group() as tasks, kept(store) as runtime:
+            await runtime.store_flow(SLEEP)
+            for _ in range(5):
+                tasks.start_soon(run)
+            while len(await runtime.list_runs()) < 5:  # noqa: ASYNC110
+                await anyio.sleep(0.01)
+            if is_killed:
+                kill(runtime)
+            tasks.cancel_scope.cancel()
+    assert asked(store, "SELECT DISTINCT status FROM runs") == [("cancelled",)]
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+async def test_a_relative_store_stays_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_file: bool
+) -> None:
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    here.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.chdir(here)
+    store = {"type": "sqlite", "databaseUrl": "sqlite:runs.db?mode=rwc"}
+    config: Any = {**CONFIG, "storageConfig": store}
+    if is_file:
+        (elsewhere / "config.json").write_text(json.dumps(config))
+        config = elsewhere / "config.json"
+    async with StepflowRuntime.start(
+        config, restart_policy=RestartPolicy.ON_FAILURE
+    ) as runtime:
+        run_id = (await runtime.run(ECHO, 1)).run_id
+        monkeypatch.chdir(elsewhere)
+        kill(runtime)
+        await wait_until(partial(is_above, runtime, 0))
+        assert (await runtime.get_result(run_id)).output == 1
+    assert not (elsewhere / "runs.db").exists()
 
 
 async def test_events_go_on_and_none_comes_twice(store: Path) -> None:

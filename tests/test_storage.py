@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import sqlite3
 import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -18,9 +20,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stepflow_runtime.errors import ServerStartError
+from stepflow_runtime.logs.config import LogConfig
+from stepflow_runtime.logs.sinks import LogHub
 from stepflow_runtime.server.lock import StoreLock, StoreLockedError
 from stepflow_runtime.server.options import DEFAULT_CONFIG, ServerOptions
 from stepflow_runtime.server.storage import Keeping, Storage, merged
+from stepflow_runtime.server.store import Store
 
 SQLITE = {"type": "sqlite", "databaseUrl": "sqlite:/x.db?mode=rwc"}
 MEMORY = {"type": "inMemory"}
@@ -225,6 +230,37 @@ def test_how_long_runs_live_is_known_from_the_configuration(
     assert keeping.leases is None
 
 
+@pytest.mark.parametrize(
+    ("url", "password"),
+    [
+        ("postgresql://me:hush@host/db", "hush"),
+        ("postgresql://me:hush@host/db?application_name=a@b", "hush"),
+        # Wrong, and so the server prints it.
+        ("postgresql://me:hu/sh@host/db", "hu/sh"),
+        ("postgresql://me:hu@sh@host/db", "hu@sh"),
+        ('postgresql://me:"h\u00fcsh@host/db', "h\u00fcsh"),
+        ("postgresql://host/db?user=me&password=hush&sslmode=off", "hush"),
+    ],
+)
+def test_what_a_server_prints_of_a_password_is_hidden(url: str, password: str) -> None:
+    stores = {"metadata": MEMORY, "journal": {"type": "postgres", "databaseUrl": url}}
+    keeping = Keeping.of({"storageConfig": stores})
+    assert password not in repr(keeping)
+    hub = LogHub(LogConfig(python_logger=None))
+    hub.hide(keeping.passwords)
+    line = json.dumps({"message": f"no {url}"}, ensure_ascii=False)
+    hub.take("stderr", [f"no {url}".encode(), line.encode()])
+    for entry in hub.newest(2):
+        assert "***" in entry.message
+        assert password not in entry.message
+
+
+def test_without_a_password_nothing_is_hidden() -> None:
+    url = "postgresql://host:5432/db?application_name=a"
+    for store in (SQLITE, {"type": "postgres", "databaseUrl": url}, MEMORY, None):
+        assert Keeping.of({"storageConfig": store}).passwords == frozenset()
+
+
 def test_a_server_that_recovers_nothing_resumes_nothing() -> None:
     config = {"storageConfig": SQLITE, "recovery": {"maxStartupRecovery": 0}}
     assert not Keeping.of(config).resumes
@@ -319,6 +355,45 @@ def test_it_dies_with_its_holder_and_the_holders_server(
             lock_of().take(0.1)
         os.kill(server, 9)
         lock_of().take(10)
+
+
+WRITE = """
+import sqlite3, sys
+sqlite3.connect(sys.argv[1], timeout=0).execute("BEGIN EXCLUSIVE")
+"""
+
+
+def test_what_the_program_has_locked_in_a_store_stays_locked(
+    store: Path, real_binary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The database of the test is no server's.
+    monkeypatch.setattr("stepflow_runtime.server.store.prepare_store", print)
+    # Whoever closes a file undoes all locks that its process has on it.
+    with closing(sqlite3.connect(store)) as reader:
+        reader.execute("CREATE TABLE t (x)")
+        reader.execute("INSERT INTO t VALUES (1), (2), (3)")
+        reader.commit()
+        reading = reader.execute("SELECT * FROM t")
+        reading.fetchone()
+        held = Store()
+        held.take(store, name=None, shared=False, create=True, binary=real_binary)
+        held.give_back()
+        done = subprocess.run(
+            [sys.executable, "-c", WRITE, str(store)], check=False, capture_output=True
+        )
+        assert b"database is locked" in done.stderr
+        reading.close()
+
+
+def test_a_link_in_the_place_of_the_lock_is_not_followed(
+    store: Path, lock_of: Locks
+) -> None:
+    precious = store.with_name("precious")
+    precious.write_text("words")
+    store.with_name("runs.db-lock").symlink_to(precious)
+    with pytest.raises(OSError, match="runs.db-lock"):
+        lock_of().take(0)
+    assert precious.read_text() == "words"
 
 
 def _sleep_in_child(has_begun: Any, may_end: Any) -> None:

@@ -1,17 +1,19 @@
 """The hub: takes what the pumps bring, and hands it to all who want it.
 
 Contract: everything is in the ring before anything else happens to it. What ``redact``
-leaves out or replaces is seen by nobody. A sink that raises does not disturb the others, nor
-the pumps: it is reported once, on the library's own logger, and what it was given is
-skipped.
+leaves out or replaces is seen by nobody, nor is what is to be hidden. A sink that raises
+does not disturb the others, nor the pumps: it is reported once, on the library's own
+logger, and what it was given is skipped.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import re
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Final, cast
 
@@ -32,6 +34,8 @@ _NO_FILTER: Final = Filter()
 
 _FIRST_LOOK: Final = 1000
 
+_STARS: Final = b"***"
+
 
 class LogHub:
     """Takes every line. For any thread."""
@@ -47,6 +51,7 @@ class LogHub:
         self._decodes_all = config.redact is not None or (
             is_text and config.capture and self._lines is not None
         )
+        self._hidden: re.Pattern[bytes] | None = None
         self._is_closed = False
         self._reported: set[str] = set()
         # One batch at a time: there is a pump for each of the server's outputs. A handler
@@ -69,6 +74,16 @@ class LogHub:
             if self._is_closed:  # the start was given up meanwhile
                 self._lines.close()
 
+    def hide(self, passwords: Collection[str]) -> None:
+        """Let stars stand for these from now on, in URLs that are printed."""
+        # In JSON they may look different.
+        in_json = (json.dumps(each, ensure_ascii=False)[1:-1] for each in passwords)
+        longest_first = sorted({*passwords, *in_json}, key=len, reverse=True)
+        words = (re.escape(each.encode(errors="replace")) for each in longest_first)
+        one = b"(?:" + b"|".join(words) + b")"
+        pattern = b"(?<=:)" + one + b"(?=@)|(?<=password=)" + one
+        self._hidden = re.compile(pattern) if passwords else None
+
     def end(self) -> None:
         """Let those who follow come to their end: nothing comes any more."""
         self._ring.end()
@@ -90,6 +105,8 @@ class LogHub:
 
         Returns what else is to be done with them.
         """
+        if (hidden := self._hidden) is not None:
+            lines = [hidden.sub(_STARS, line) for line in lines]
         with self._reading:
             kept, levels, sizes = self._read(stream, lines)
             self._ring.add(kept, sizes)

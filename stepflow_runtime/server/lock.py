@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +26,11 @@ __all__ = ["StoreLock", "StoreLockedError"]
 _SUFFIX: Final = "-lock"
 
 _PAUSE: Final = 0.02
+
+# A link there could lead to a file that is somebody's, and would be written to.
+_FLAGS: Final = (
+    os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
+)
 
 
 class StoreLockedError(Exception):
@@ -56,20 +62,23 @@ class StoreLock:
         """What the server has to inherit."""
         return () if self._fd is None or sys.platform == "win32" else (self._fd,)
 
-    def take(self, patience: float) -> None:
+    def take(self, patience: float, is_unwanted: threading.Event | None = None) -> None:
         """Take it.
 
         :param patience: for how many seconds to wait where its holder is dying: a Python
             that was killed, whose guard is about to end its server
+        :param is_unwanted: ends the wait when it is set
         :raises StoreLockedError: if somebody else has it
         :raises OSError: if no file can be there
         """
+        is_unwanted = is_unwanted or threading.Event()
         deadline = time.monotonic() + patience
         while not self._try():
             holder = self._holder()
             if time.monotonic() >= deadline or (holder and _is_there(holder)):
                 raise StoreLockedError(holder)
-            time.sleep(_PAUSE)
+            if is_unwanted.wait(_PAUSE):
+                raise StoreLockedError(holder)
 
     def give_back(self) -> None:
         """Give it back, for those who have inherited it too; a second time does nothing."""
@@ -93,8 +102,7 @@ class StoreLock:
                 os.close(fd)
 
     def _try(self) -> bool:
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
-        fd = os.open(self._path, flags, 0o600)
+        fd = os.open(self._path, _FLAGS, 0o600)
         try:
             if not (_lock(fd, shared=self._shared) and self._is_at(fd)):
                 os.close(fd)

@@ -54,12 +54,14 @@ class Command:
     :ivar env: the whole environment
     :ivar stdin: what the server reads from its standard input, or None for nothing
     :ivar keep_fds: descriptors that it is to inherit
+    :ivar directory: its working directory; None: this process's own
     """
 
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(repr=False)
     stdin: bytes | None = field(repr=False)
     keep_fds: tuple[int, ...] = ()
+    directory: str | None = None
 
 
 class StartOptions(TypedDict, total=False):

@@ -8,6 +8,7 @@ repr and no message.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -237,6 +238,8 @@ class Keeping:
     :ivar resumes: whether it is sure that runs go on after the server was restarted
     :ivar path: the sqlite file in which the runs are, if they are in one
     :ivar leases: by what other servers may use the store at the same time; None: not at all
+    :ivar is_relative: whether it is a matter of the server's working directory where
+    :ivar passwords: those in URLs of databases, which the server may print
     :ivar claims: whether it takes other servers' runs over, alive or not, where no leases say
     """
 
@@ -244,6 +247,8 @@ class Keeping:
     resumes: bool = False
     path: Path | None = None
     leases: Leases | None = None
+    is_relative: bool = False
+    passwords: frozenset[str] = field(default=frozenset(), repr=False)
     claims: bool = True
 
     @classmethod
@@ -258,6 +263,8 @@ class Keeping:
             resumes=all(map(_is_durable, stores)) and _recovers(config.get("recovery")),
             path=journal if journal == _sqlite_path(stores[0]) else None,
             leases=Leases.of(config),
+            is_relative=any(map(_is_relative, stores)),
+            passwords=frozenset[str]().union(*map(_passwords, stores)),
             claims=_claims(config.get("recovery")),
         )
 
@@ -305,6 +312,31 @@ def _sqlite_path(store: object) -> Path | None:
         return None
     path = url.removeprefix(_SQLITE).removeprefix("//").partition("?")[0]
     return Path(unquote(path)) if path else None
+
+
+def _is_relative(store: object) -> bool:
+    if isinstance(store, Mapping) and store.get("type") == "filesystem":
+        directory = store.get("directory")
+        return isinstance(directory, str) and not Path(directory).is_absolute()
+    path = _sqlite_path(store)
+    return path is not None and not path.is_absolute()
+
+
+def _passwords(store: object) -> frozenset[str]:
+    """What of a store's URL is nobody's to read.
+
+    The server prints the URL when it cannot connect, and that is when it is not as it
+    should be: an ``@`` or ``/`` in a password, which are to be quoted there.
+    """
+    url = store.get("databaseUrl") if isinstance(store, Mapping) else None
+    if not isinstance(url, str):
+        return frozenset()
+    rest = url.partition("://")[2]
+    proper = re.split("[/?#]", rest)[0].rpartition("@")[0]
+    named = (proper, rest.rpartition("@")[0], rest[: max(rest.find("@"), 0)])
+    passwords = (credentials.partition(":")[2] for credentials in named)
+    queried = re.findall("[?&]password=([^&#]+)", url)
+    return frozenset([*filter(None, passwords), *queried])
 
 
 def _claims(recovery: object) -> bool:

@@ -9,6 +9,7 @@ Everything blocks: for a worker thread.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -76,7 +77,7 @@ class Store:
         self.recovered: tuple[str, ...] = ()
         self._guard = threading.Lock()
         self._lock: StoreLock | None = None
-        self._is_given_back = False
+        self._is_unwanted = threading.Event()
         self._path: Path | None = None
         self._submits: dict[str, str] = {}
         self._submits_of: tuple[int, float] | None = None
@@ -101,7 +102,7 @@ class Store:
         """
         path = Path(os.path.realpath(path))
         with self._guard:
-            if self._is_given_back:  # the start was given up
+            if self._is_unwanted.is_set():  # the start was given up
                 return None
             self._lock = self._locked(path, shared)
             self._path = path
@@ -120,10 +121,14 @@ class Store:
             _warn_of_others(left, name)
         return name
 
+    def give_up(self) -> None:
+        """Have :meth:`take` wait no more for one who dies; from any thread."""
+        self._is_unwanted.set()
+
     def give_back(self) -> None:
         """Let others have it, once the server is gone."""
+        self.give_up()
         with self._guard:
-            self._is_given_back = True
             lock, self._lock = self._lock, None
         if lock is not None:
             lock.give_back()
@@ -149,7 +154,7 @@ class Store:
     def _locked(self, path: Path, shared: bool) -> StoreLock:
         lock = StoreLock(path, shared=shared)
         try:
-            lock.take(_PATIENCE)
+            lock.take(_PATIENCE, self._is_unwanted)
         except StoreLockedError as exc:
             raise ServerStartError(_in_use(path, exc.holder)) from exc
         except OSError as exc:
@@ -173,9 +178,23 @@ def _in_use(path: Path, holder: int | None) -> str:
 
 
 def _create(path: Path) -> None:
-    """Make an empty one that is nobody else's to read: runs have secrets in them."""
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
-    os.close(os.open(path, flags, 0o600))
+    """Make an empty one that is nobody else's to read: runs have secrets in them.
+
+    One that is there is not even opened: to close it again would undo the locks of sqlite
+    that this process has on it, by a connection of the program's own.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
+    try:
+        os.close(os.open(path, flags, 0o600))
+    except FileExistsError:
+        if path.is_dir():
+            raise IsADirectoryError(
+                errno.EISDIR, os.strerror(errno.EISDIR), str(path)
+            ) from None
+        if not os.access(path, os.R_OK | os.W_OK):
+            raise PermissionError(
+                errno.EACCES, os.strerror(errno.EACCES), str(path)
+            ) from None
 
 
 def _left(path: Path) -> list[_Left]:

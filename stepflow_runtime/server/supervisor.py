@@ -114,6 +114,7 @@ class Supervisor:
         self.keeping = options.keeping() if options.is_whole else Keeping()
         self.store = Store()
         self._orchestrator_id = ""
+        self._directory: str | None = None
         self._recycler: Recycler | None = None
         self.traffic: FreeTraffic = FREE
         if (limits := options.limits()) is not None:
@@ -172,15 +173,19 @@ class Supervisor:
         """
         self._loop = current_loop()
         self._has_loop_of_its_own = in_loop_of_its_own
+        # What cancels the block does not end the server under it: first those who are in
+        # there have their runs cancelled, which it would go on with in its next life.
+        life = anyio.CancelScope(shield=self.keeping.may_outlive)
         try:
             async with quiet_task_group() as tasks:
-                tasks.start_soon(self._live, tasks)
+                tasks.start_soon(self._live, tasks, life)
                 tasks.start_soon(self._crew.work)
                 try:
                     await self.wait_ready()
                     yield
                 finally:
                     self._crew.dismiss()
+                    life.cancel()
         finally:
             self.stop_serving()
             self._finish()
@@ -363,12 +368,12 @@ class Supervisor:
 
     # -- the restart loop ----------------------------------------------------------
 
-    async def _live(self, tasks: TaskGroup) -> None:
+    async def _live(self, tasks: TaskGroup, life: anyio.CancelScope) -> None:
         """Keep the server, until it is lost for good or a stop is asked for."""
         try:
-            with anyio.CancelScope() as life:
-                tasks.start_soon(self._heed_stop, life)
+            with life:
                 async with quiet_task_group() as care:
+                    care.start_soon(self._heed_stop, life)
                     if self._recycler is not None:
                         care.start_soon(self._recycler.work)
                     await self._supervise(tasks, care)
@@ -464,18 +469,36 @@ class Supervisor:
             self._open_logs()
             self._guard.engage()
             self.keeping = keeping = options.keeping()
+            self.logs.hide(keeping.passwords)
+            if keeping.is_relative:
+                # A server that is restarted must find what its predecessor has kept.
+                self._directory = os.getcwd()
             self._orchestrator_id = self._identity(options, keeping, binary)
             if isinstance(self.traffic, Traffic):
                 self.traffic.keeps_results = not keeping.may_outlive
             return options, binary
 
         try:
-            self._options, binary = await run_blocking(prepare)
+            async with quiet_task_group() as tasks:
+                tasks.start_soon(self._limit_wait_for_store)
+                self._options, binary = await run_blocking(prepare)
+                tasks.cancel_scope.cancel()
         except OSError as exc:
             raise ServerStartError(
                 f"the working directory cannot be used: {exc}"
             ) from exc
+        except ServerStartError:
+            # A wait that was cancelled has not failed.
+            await anyio.lowlevel.checkpoint_if_cancelled()
+            raise
         return binary
+
+    async def _limit_wait_for_store(self) -> None:
+        """The wait is a thread's, for which a cancellation of the start would wait."""
+        try:
+            await anyio.sleep(self._options.startup_timeout)
+        finally:
+            self.store.give_up()
 
     def _identity(self, options: ServerOptions, keeping: Keeping, binary: Path) -> str:
         """Take the store; return as whom the server is to use it.
@@ -540,7 +563,7 @@ class Supervisor:
             port=self.journal.now.port or self._options.port or 0,
             orchestrator_id=self._orchestrator_id,
         )
-        command = replace(command, keep_fds=self.store.fds)
+        command = replace(command, keep_fds=self.store.fds, directory=self._directory)
         return await self._incarnation.live(binary, self._guard.marked(command))
 
     async def _reincarnate(self, binary: Path) -> ServerExit:

@@ -204,6 +204,7 @@ def start(binary: Path, command: Command, stdin: int) -> subprocess.Popen[bytes]
             stderr=subprocess.PIPE,
             bufsize=0,
             env=dict(command.env),
+            cwd=command.directory,
             pass_fds=command.keep_fds,
             start_new_session=True,
         )

@@ -171,6 +171,7 @@ def _spawn_suspended(
             stderr=subprocess.PIPE,
             bufsize=0,
             env=dict(command.env),
+            cwd=command.directory,
             creationflags=flags if has_console else flags | _CREATE_NO_WINDOW,
         )
     finally:
