@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -1318,12 +1319,19 @@ class ApiExecutor(ABC):
 class SubmitMark:
     """What a submit is marked with: a variable that no workflow asks for.
 
-    :ivar began: when it was made, before the run was, as ``time.time`` says
+    :ivar made_at: when it was made, before the run was, as ``time.time`` says
+    :ivar made_after: the same by ``time.monotonic``, which nobody can set back
     """
 
     name: str
     value: str
-    began: float
+    made_at: float
+    made_after: float
+
+    @property
+    def began(self) -> float:
+        """A time, by the clock of now and of then, before which the run cannot have begun."""
+        return min(self.made_at, time.time() - (time.monotonic() - self.made_after))
 
     def among(self, variables: Mapping[str, Any] | None) -> Mapping[str, Any]:
         return {**(variables or {}), self.name: self.value}

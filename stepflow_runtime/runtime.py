@@ -52,7 +52,7 @@ from .server.restart import RestartPolicy
 from .server.state import RuntimeState, StateChange
 from .server.store import SUBMIT, UnreadableStoreError
 from .server.supervisor import Ready, Supervisor
-from .threads import run_blocking
+from .threads import run_abandonable
 from .transport import NO_HEADERS, Heir, Response, ServerRestartedError, Stream
 from .transport.direct import LOOPBACK, DirectTransport
 
@@ -574,7 +574,8 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
         keeping = self._supervisor.keeping
         if not keeping.resumes or keeping.path is None:
             return None
-        return SubmitMark(SUBMIT, f"{self._marks}-{next(self._submits)}", time.time())
+        value = f"{self._marks}-{next(self._submits)}"
+        return SubmitMark(SUBMIT, value, time.time(), time.monotonic())
 
     async def _find_submitted(
         self, mark: SubmitMark | None, loss: ConnectionLostError | None
@@ -586,7 +587,8 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
         life = loss.life if isinstance(loss, _SubmitLostError) else None
         store = self._supervisor.store
         try:
-            found = await run_blocking(store.find, mark.value, mark.began, life)
+            # Whoever is cancelled meanwhile goes at once, and leaves an heir.
+            found = await run_abandonable(store.find, mark.value, mark.began, life)
         except UnreadableStoreError as exc:
             raise SubmitInterruptedError(
                 f"the Stepflow server died while a run was being submitted ({loss}), and "

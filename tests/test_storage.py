@@ -9,6 +9,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -19,13 +20,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stepflow_runtime.api import SubmitMark
 from stepflow_runtime.errors import ServerStartError
 from stepflow_runtime.logs.config import LogConfig
 from stepflow_runtime.logs.sinks import LogHub
+from stepflow_runtime.server import store as store_module
 from stepflow_runtime.server.lock import StoreLock, StoreLockedError
 from stepflow_runtime.server.options import DEFAULT_CONFIG, ServerOptions
 from stepflow_runtime.server.storage import Keeping, Storage, merged
-from stepflow_runtime.server.store import Store
+from stepflow_runtime.server.store import Store, UnreadableStoreError
 
 SQLITE = {"type": "sqlite", "databaseUrl": "sqlite:/x.db?mode=rwc"}
 MEMORY = {"type": "inMemory"}
@@ -415,3 +418,43 @@ def test_a_forked_child_does_not_keep_it(lock_of: Locks) -> None:
     lock_of().take(5)
     may_end.set()
     child.join()
+
+
+# -- what became of a submit -----------------------------------------------------------
+
+
+def test_a_clock_that_is_set_back_hides_no_submit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mark = SubmitMark("name", "value", time.time(), time.monotonic())
+    assert mark.began <= mark.made_at
+    hour_ago = time.time() - 3600
+    monkeypatch.setattr(time, "time", lambda: hour_ago)
+    assert mark.began <= hour_ago
+
+
+def test_a_store_that_does_not_tell_is_asked_once_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> dict[str, str]:
+        asked.append(args)
+        raise UnreadableStoreError("it is locked")
+
+    asked: list[Any] = []
+    monkeypatch.setattr(store_module, "_submits", fail)
+    kept = Store()
+    path = tmp_path / "runs.db"
+    kept.take(path, name=None, shared=False, create=True, binary=tmp_path)
+    try:
+        for submit in ("a", "b", "c"):
+            with pytest.raises(UnreadableStoreError, match="locked"):
+                kept.find(submit, 2.0, 1)
+        assert len(asked) == 1
+        with pytest.raises(UnreadableStoreError):
+            kept.find("a", 2.0, 2)  # of another life
+        assert len(asked) == 2
+        monkeypatch.setattr(store_module, "_submits", lambda *_: {"d": "run"})
+        assert kept.find("d", 2.0, 3) == "run"
+        assert kept.find("e", 2.0, 3) is None
+    finally:
+        kept.give_back()

@@ -79,7 +79,7 @@ class Store:
         self._lock: StoreLock | None = None
         self._is_unwanted = threading.Event()
         self._path: Path | None = None
-        self._submits: dict[str, str] = {}
+        self._submits: dict[str, str] | UnreadableStoreError = {}
         self._submits_of: tuple[int, float] | None = None
 
     @property
@@ -147,9 +147,18 @@ class Store:
         with self._guard:
             known = self._submits_of
             if known is None or known[0] != life or known[1] > since:
-                self._submits = _submits(self._path, since)
-                self._submits_of = None if life is None else (life, since)
+                self._look_up(self._path, since, life)
+            if isinstance(self._submits, UnreadableStoreError):
+                raise UnreadableStoreError(str(self._submits))
             return self._submits.get(submit)
+
+    def _look_up(self, path: Path, since: float, life: int | None) -> None:
+        try:
+            self._submits = _submits(path, since)
+        except UnreadableStoreError as exc:
+            # For all who ask for this life: each of them would wait as long for nothing.
+            self._submits = exc
+        self._submits_of = None if life is None else (life, since)
 
     def _locked(self, path: Path, shared: bool) -> StoreLock:
         lock = StoreLock(path, shared=shared)
