@@ -9,6 +9,7 @@ Waiting: the first request of :meth:`ApiExecutor.run` asks the server to wait fo
 only. A short run is over by then, in one request. From the answer to a longer one its id is
 known, so that it can be waited for, for as long as it takes, and cancelled on the server
 when its caller goes. A caller that goes in that first moment leaves the answer to the crew.
+Where that answer may be lost for good, while the run lives on, the first request waits not at all.
 """
 
 from __future__ import annotations
@@ -285,7 +286,7 @@ class ApiExecutor(ABC):
                     overrides,
                     variables,
                     variables_from_env=variables_from_env,
-                    wait=_FIRST_WAIT,
+                    wait=self._first_wait(),
                     on_unknown=on_unknown,
                 )
                 self.__traffic.took(1, generation)
@@ -829,6 +830,14 @@ class ApiExecutor(ABC):
                 f"{wire.SUPPORTED}",
                 status=health.status,
             )
+
+    def _first_wait(self) -> int:
+        """For how many seconds a server is asked to wait for a run's end when it takes it.
+
+        While it waits, nobody knows the run's id: should its answer be lost, and nobody can
+        find out what became of the run, 0 makes that moment as short as it can be.
+        """
+        return _FIRST_WAIT
 
     def _next_wait(self, waited: float) -> int:
         """For how many seconds a server is asked next to wait for a run's end.

@@ -271,6 +271,9 @@ class StepflowClient(ApiExecutor, AsyncContextManagerMixin):
             troubles.append((server, trouble))
         raise _lost(troubles)
 
+    def _first_wait(self) -> int:
+        return 0 if self._servers.are_several else super()._first_wait()
+
     def _next_wait(self, waited: float) -> int:
         if not self._servers.are_several:
             return super()._next_wait(waited)

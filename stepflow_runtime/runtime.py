@@ -497,6 +497,11 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
             return None
         return _KEPT if self._supervisor.keeping.resumes else ready.incarnation
 
+    def _first_wait(self) -> int:
+        keeping = self._supervisor.keeping
+        may_be_unknown = keeping.resumes and keeping.path is None
+        return 0 if may_be_unknown else super()._first_wait()
+
     def _next_wait(self, waited: float) -> int:
         if self._supervisor.keeping.leases is None:
             return super()._next_wait(waited)

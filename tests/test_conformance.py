@@ -609,7 +609,10 @@ async def test_a_short_run_of_a_known_flow_is_one_request(
         await executor.run(flow, 1)
         traffic = watch_traffic(executor)
         assert (await executor.run(flow, 2)).output == 2
-        assert traffic.requests == ["POST /api/v1/runs"]
+        assert traffic.requests[0] == "POST /api/v1/runs"
+        # A server of several may be lost with its answer: they are not let wait with that.
+        are_several = isinstance(executor, StepflowClient) and len(executor.urls) > 1
+        assert len(traffic.requests) == (3 if are_several else 1)
 
 
 async def test_runs_at_the_same_time_each_get_their_own_result(
