@@ -370,7 +370,7 @@ def test_what_the_program_has_locked_in_a_store_stays_locked(
     store: Path, real_binary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The database of the test is no server's.
-    monkeypatch.setattr("stepflow_runtime.server.store.prepare_store", print)
+    monkeypatch.setattr("stepflow_runtime.server.schema.prepare_store", print)
     # Whoever closes a file undoes all locks that its process has on it.
     with closing(sqlite3.connect(store)) as reader:
         reader.execute("CREATE TABLE t (x)")

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, Final, Self
 from urllib.parse import quote, unquote, urlsplit
 
+import msgspec
+
 __all__ = ["Keeping", "Leases", "Storage", "check_lease", "merged"]
 
 # The server's own limits are 100 at the start, and then 10 every 30 s: of 1,000 runs that
@@ -200,8 +202,7 @@ def _check_recovery(recovery: Mapping[str, Any]) -> None:
             )
 
 
-@dataclass(frozen=True)
-class Leases:
+class Leases(msgspec.Struct, frozen=True):
     """By what servers share a store.
 
     :ivar endpoints: of the etcd that has the leases

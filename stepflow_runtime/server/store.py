@@ -22,7 +22,6 @@ from urllib.parse import quote
 from ..errors import ServerStartError
 from ..logs.own import report
 from .lock import StoreLock, StoreLockedError
-from .schema import prepare_store
 
 if TYPE_CHECKING:
     import sqlite3
@@ -106,6 +105,8 @@ class Store:
                 return None
             self._lock = self._locked(path, shared)
             self._path = path
+        from .schema import prepare_store  # most programs do without
+
         prepare_store(path, binary)
         try:
             if create:
