@@ -27,7 +27,7 @@ from stepflow_runtime.logs.sinks import LogHub
 from stepflow_runtime.server import store as store_module
 from stepflow_runtime.server.lock import StoreLock, StoreLockedError
 from stepflow_runtime.server.options import DEFAULT_CONFIG, ServerOptions
-from stepflow_runtime.server.storage import Keeping, Storage, merged
+from stepflow_runtime.server.storage import Keeping, Leases, Storage, merged
 from stepflow_runtime.server.store import Store, UnreadableStoreError
 
 SQLITE = {"type": "sqlite", "databaseUrl": "sqlite:/x.db?mode=rwc"}
@@ -189,8 +189,10 @@ def test_a_configuration_that_names_a_store_is_not_overruled(
         ServerOptions(config_path=given, storage="runs.db", lease=ETCD)
 
 
-@pytest.mark.parametrize("recovery", [{"leaseTtlSecs": 2}, {"checkIntervalSecs": 0}])
-def test_what_would_break_the_servers_own_loop(recovery: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "recovery", [{"leaseTtlSecs": 2}, {"checkIntervalSecs": 0}, {"enabled": False}]
+)
+def test_what_would_break_the_servers_own_loop(recovery: dict[str, Any]) -> None:
     given = {**DEFAULT_CONFIG, "recovery": recovery}
     with pytest.raises(ValueError, match=f"recovery.{next(iter(recovery))}"):
         ServerOptions(config_path=given, storage="runs.db", lease=ETCD)
@@ -269,6 +271,13 @@ def test_a_server_that_recovers_nothing_resumes_nothing() -> None:
     assert not Keeping.of(config).resumes
     leases = Keeping.of(merged({}, Storage.of("x"), ETCD)).leases
     assert leases is not None and leases.endpoints == tuple(ETCD)
+
+
+def test_endpoints_that_only_the_server_can_ask_are_left_to_it() -> None:
+    endpoints = ["etcd:2379", "http://etcd:2379", "https://etcd:2379", "http://", 7]
+    leases = Leases.of({"leaseManager": {"type": "etcd", "endpoints": endpoints}})
+    assert leases is not None
+    assert leases.endpoints == ("http://etcd:2379", "http://etcd:2379")
 
 
 # -- the lock --------------------------------------------------------------------------

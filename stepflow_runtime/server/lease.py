@@ -115,8 +115,8 @@ class LeaseWatch:
             with anyio.move_on_after(_ANSWER_TIMEOUT):
                 try:
                     return await self._ask(endpoint)
-                except (ConnectionLostError, msgspec.DecodeError, _RefusedError):
-                    continue
+                except (ConnectionLostError, ValueError, _RefusedError):
+                    continue  # ValueError: no etcd's answer, or no name of a host
         return None
 
     async def _ask(self, endpoint: str) -> int:

@@ -136,17 +136,12 @@ def check_lease(endpoints: object) -> None:
     for index, endpoint in enumerate(endpoints):
         if not isinstance(endpoint, str):
             raise TypeError(f"lease[{index}] must be a URL, not {endpoint!r}")
-        try:
-            parts = urlsplit(endpoint)
-            is_good = parts.scheme == "http" and bool(parts.hostname)
-            parts.port  # noqa: B018 - checked where it is read
-        except ValueError:
-            is_good = False
-        if not is_good:
+        if not _is_endpoint(endpoint):
             raise ValueError(
                 f'lease[{index}] must be a URL like "http://127.0.0.1:2379" (the server '
                 "speaks with etcd without TLS)"
             )
+        parts = urlsplit(endpoint)
         if parts.username is not None or parts.password is not None:
             raise ValueError(
                 f"lease[{index}]: the server sends no user or password to etcd"
@@ -193,6 +188,11 @@ def merged(
 
 
 def _check_recovery(recovery: Mapping[str, Any]) -> None:
+    if not _claims(recovery):
+        raise ValueError(
+            "lease: the configuration says recovery.enabled: false, by which the server "
+            "neither renews its lease nor takes anything over"
+        )
     for name, least in _LEAST.items():
         value = recovery[name]
         if isinstance(value, int) and value < least:
@@ -225,10 +225,27 @@ class Leases(msgspec.Struct, frozen=True):
         prefix, recovery = leases.get("key_prefix"), config.get("recovery")
         ttl = recovery.get("leaseTtlSecs") if isinstance(recovery, Mapping) else None
         return cls(
-            endpoints=tuple(each for each in given if isinstance(each, str)),
+            endpoints=tuple(filter(None, map(_endpoint, given))),
             prefix=prefix if isinstance(prefix, str) else _SERVERS_PREFIX,
             ttl=ttl if isinstance(ttl, int) else _SERVERS_TTL,
         )
+
+
+def _endpoint(given: object) -> str | None:
+    """One as we can ask it; the server knows some that we do not."""
+    if not isinstance(given, str):
+        return None
+    url = given if "://" in given else f"http://{given}"
+    return url if _is_endpoint(url) else None
+
+
+def _is_endpoint(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 - checked where it is read
+    except ValueError:
+        return False
+    return parts.scheme == "http" and bool(parts.hostname)
 
 
 @dataclass(frozen=True)

@@ -419,7 +419,7 @@ class Supervisor:
     async def _supervise(self, tasks: TaskGroup, care: TaskGroup) -> None:
         try:
             binary = await self._prepare()
-            if (leases := self.keeping.leases) is not None:
+            if (leases := self.keeping.leases) is not None and self.keeping.claims:
                 from .lease import LeaseWatch  # most programs do without
 
                 watch = LeaseWatch(leases, self._orchestrator_id, self)
