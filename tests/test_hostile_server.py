@@ -574,7 +574,7 @@ async def test_waiters_for_a_connection_come_and_go() -> None:
 
     async def request(number: int) -> None:
         nonlocal answered
-        with anyio.move_on_after(dice.random() / 20):
+        with anyio.move_on_after(dice.random() / 5):
             await ask(transport, f"/{number}")
             answered += 1
 
