@@ -24,15 +24,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from types import TracebackType
-from typing import (
-    Any,
-    Final,
-    NoReturn,
-    Self,
-    TypeVar,
-    TypeVarTuple,
-    Unpack,
-)
+from typing import Any, Final, NoReturn, Self, TypeVar, TypeVarTuple, Unpack
 
 import anyio
 import anyio.lowlevel
@@ -981,8 +973,8 @@ class ApiExecutor(ABC):
         heir: Heir = self.__cancel_what_began
         if (mark := self._mark_submit()) is not None:
             heir = partial(self.__cancel_what_began, mark=mark)
-        stores = resubmits = 0
-        unknown: SubmitInterruptedError | None = None
+        stores = 0
+        interruptions: list[SubmitInterruptedError] = []
         while True:
             flow_id = flow if type(flow) is FlowId else await self.__store(flow)
             if variables_from_env:
@@ -1014,18 +1006,14 @@ class ApiExecutor(ABC):
                     await self.__explain_overrides(flow_id, overrides, exc)
                 raise
             except ConnectionLostError as exc:
-                if exc.unsent:
-                    if unknown is None:
-                        raise
-                    # What did not arrive now may have arrived the time before.
-                    raise unknown from exc
+                if exc.unsent and not interruptions:
+                    raise
                 try:
                     found = await self.__what_began(mark, exc, heir)
                 except SubmitInterruptedError as interruption:
-                    resubmits += 1
-                    if on_unknown == "raise" or resubmits > _MOST_RESUBMITS:
+                    interruptions.append(interruption)
+                    if on_unknown == "raise" or len(interruptions) > _MOST_RESUBMITS:
                         raise
-                    unknown = interruption
                 else:
                     if found is not None:
                         return found

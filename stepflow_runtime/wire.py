@@ -620,7 +620,10 @@ _VERDICTS: Final = {
 }
 
 # So a run stands that was interrupted by a crash while it had started runs of its own.
-_NOT_RESUMED: Final = "the server gave the run up before its end: it could not go on with it after a restart"
+_NOT_RESUMED: Final = (
+    "the server gave the run up before its end: "
+    "it could not go on with it after a restart"
+)
 
 NO_REASON: Final = "the server gave no reason"
 

@@ -23,6 +23,7 @@ import pytest
 from stepflow_runtime import (
     RestartPolicy,
     RunStatus,
+    RunTimeoutError,
     RuntimeState,
     RuntimeStoppedError,
     ServerCrashedError,
@@ -375,6 +376,32 @@ async def test_a_relative_store_stays_where_it_was(
     assert not (elsewhere / "runs.db").exists()
 
 
+async def test_a_time_limit_that_ends_in_the_crash_has_the_run_cancelled(
+    store: Path,
+) -> None:
+    async with kept(store) as runtime:
+        flow = await runtime.store_flow(SLEEP)
+        timed_out: list[int] = []
+
+        async def run(number: int) -> None:
+            try:
+                await runtime.run(flow, 20_000 + number, timeout=0.3 + number / 50)
+            except RunTimeoutError:
+                timed_out.append(number)
+
+        with anyio.fail_after(PATIENCE):
+            async with anyio.create_task_group() as tasks:
+                for number in range(10):
+                    tasks.start_soon(run, number)
+                await anyio.sleep(0.35)
+                kill(runtime)
+            assert sorted(timed_out) == list(range(10))
+            cancelled = partial(runtime.list_runs, status=RunStatus.CANCELLED)
+            while len(await cancelled()) < 10:  # noqa: ASYNC110
+                await anyio.sleep(0.02)
+        assert len(await runtime.list_runs()) == 10
+
+
 async def test_events_go_on_and_none_comes_twice(store: Path) -> None:
     flow = {
         "steps": [
@@ -419,9 +446,10 @@ async def test_a_server_that_is_not_restarted_leaves_its_runs_in_the_store(
         kill(runtime)
         with pytest.raises(ServerCrashedError, match=r"Its runs are in .*runs\.db"):
             await runtime.get_result(run_id)
-    async with kept(store) as runtime:
-        assert runtime.recovered_runs == (run_id,)
-        assert (await runtime.get_result(run_id)).is_success
+        # It holds nothing any more, though its block goes on.
+        async with kept(store) as another:
+            assert another.recovered_runs == (run_id,)
+            assert (await another.get_result(run_id)).is_success
 
 
 async def test_a_run_with_sub_runs_is_given_up_and_says_so(store: Path) -> None:

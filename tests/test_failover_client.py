@@ -14,7 +14,8 @@ import socket
 import ssl
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -765,7 +766,8 @@ def test_results_and_events_come_from_the_survivor_when_a_server_is_killed(
                 assert client.url == a.url
                 kill(a)
                 await wait_until(lambda: client.url == b.url)
-                in_its_place.append(await anyio.to_thread.run_sync(start_again))
+                start = partial(in_its_place.enter_context, server_on(store, "a"))
+                await anyio.to_thread.run_sync(start)
             assert results == dict.fromkeys(run_ids, True)
             assert [run.status for run in await client.list_runs()] == (
                 [RunStatus.COMPLETED] * 4
@@ -775,19 +777,12 @@ def test_results_and_events_come_from_the_survivor_when_a_server_is_killed(
             again = [event async for event in client.events(run_ids[0])]
             assert events == again
 
-    in_its_place: list[Any] = []
-
-    def start_again() -> Any:
-        again = server_on(store, "a")
-        again.__enter__()
-        return again
-
-    try:
-        with server_on(store, "a") as a, server_on(store, "b") as b:
-            anyio.run(check, backend=anyio_backend[0])
-    finally:
-        for again in in_its_place:
-            again.__exit__(None, None, None)
+    with (
+        ExitStack() as in_its_place,
+        server_on(store, "a") as a,
+        server_on(store, "b") as b,
+    ):
+        anyio.run(check, backend=anyio_backend[0])
 
 
 @each_backend
@@ -810,21 +805,15 @@ def test_a_run_is_known_before_it_is_over_and_goes_on_elsewhere(
                 tasks.start_soon(run)
                 await anyio.sleep(0.3)
                 kill(a)
-                in_its_place.append(await anyio.to_thread.run_sync(start_again))
+                start = partial(in_its_place.enter_context, server_on(store, "a"))
+                await anyio.to_thread.run_sync(start)
             assert [each.is_success for each in outcomes] == [True, True]
             statuses = [run.status for run in await client.list_runs()]
             assert statuses == [RunStatus.COMPLETED] * 2
 
-    in_its_place: list[Any] = []
-
-    def start_again() -> Any:
-        again = server_on(store, "a")
-        again.__enter__()
-        return again
-
-    try:
-        with server_on(store, "a") as a, server_on(store, "b") as b:
-            anyio.run(check, backend=anyio_backend[0])
-    finally:
-        for again in in_its_place:
-            again.__exit__(None, None, None)
+    with (
+        ExitStack() as in_its_place,
+        server_on(store, "a") as a,
+        server_on(store, "b") as b,
+    ):
+        anyio.run(check, backend=anyio_backend[0])

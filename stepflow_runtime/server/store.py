@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
-from urllib.parse import quote
 
 from ..errors import ServerStartError
 from ..logs.own import report
@@ -78,8 +77,14 @@ class Store:
         self._lock: StoreLock | None = None
         self._is_unwanted = threading.Event()
         self._path: Path | None = None
+        # Not the guard: whoever looks up may have to wait for sqlite, and the end must not.
+        self._looking_up = threading.Lock()
         self._submits: dict[str, str] | UnreadableStoreError = {}
         self._submits_of: tuple[int, float] | None = None
+
+    @property
+    def is_taken(self) -> bool:
+        return self._lock is not None
 
     @property
     def fds(self) -> tuple[int, ...]:
@@ -145,7 +150,7 @@ class Store:
         """
         if self._path is None:
             raise UnreadableStoreError("the store is not a file of sqlite")
-        with self._guard:
+        with self._looking_up:
             known = self._submits_of
             if known is None or known[0] != life or known[1] > since:
                 self._look_up(self._path, since, life)
@@ -244,11 +249,13 @@ def _opened(path: Path) -> Iterator[sqlite3.Connection]:
     """
     try:
         import sqlite3  # takes some milliseconds to come; not every Python has it
+
+        from .schema import sqlite_uri
     except ImportError as exc:
         raise UnreadableStoreError(f"this Python has no sqlite3: {exc}") from exc
     try:
         # Not read-only: the log of a server that was killed has to be replayed first.
-        uri = f"file:{quote(str(path))}?mode=rw"
+        uri = sqlite_uri(path, "mode=rw")
         connection: Any = sqlite3.connect(uri, uri=True, timeout=_BUSY_TIMEOUT)
         with closing(connection):
             connection.execute("PRAGMA query_only = ON")

@@ -17,7 +17,7 @@ import random
 import threading
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -336,7 +336,7 @@ class Supervisor:
             exit=last_end,
         )
 
-    # -- what those need who have it replaced -------------------------------------------------------
+    # -- what those need who have it replaced --------------------------------------
 
     async def wait_life(self, after: int) -> Life:
         """Wait until a life later than that incarnation is READY."""
@@ -426,6 +426,7 @@ class Supervisor:
                 care.start_soon(watch.work)
             exit = await self._incarnate(binary)
         except ServerStartError as exc:
+            await self._part_with_store()
             self._fail(partial(_again, exc))
             return
         series = 0
@@ -448,6 +449,7 @@ class Supervisor:
                 chance=random.random(),
             )
             if isinstance(decision, restart.GiveUp):
+                await self._part_with_store()
                 self._give_up(exit, decision.reason)
                 return
             self.journal.enter(
@@ -492,6 +494,12 @@ class Supervisor:
             await anyio.lowlevel.checkpoint_if_cancelled()
             raise
         return binary
+
+    async def _part_with_store(self) -> None:
+        """Before anybody hears that the server is lost: who does may start another one."""
+        if self.store.is_taken:
+            with suppress(RuntimeError):  # no thread to be had: at the end, then
+                await run_blocking(self.store.give_back)
 
     async def _limit_wait_for_store(self) -> None:
         """The wait is a thread's, for which a cancellation of the start would wait."""
