@@ -46,7 +46,7 @@ from .logs.entry import LogEntry
 from .logs.ring import Filter, LogFollower
 from .loops import in_event_loop
 from .server.diagnosis import Failures
-from .server.options import ServerOptions, StartOptions, check_seconds
+from .server.options import Exposure, ServerOptions, StartOptions, check_seconds
 from .server.process import ServerExit
 from .server.restart import RestartPolicy
 from .server.state import RuntimeState, StateChange
@@ -113,6 +113,7 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
         config_path: str | os.PathLike[str] | Mapping[str, Any] | None = None,
         *,
         port: int | None = None,
+        exposure: Exposure = "loopback",
         env: Mapping[str, str] | None = None,
         inherit_env: bool = True,
         log_config: LogConfig | None = None,
@@ -142,6 +143,11 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
             itself as a mapping (it goes through the server's standard input, never through
             a file). ``None``: the built-in components, as ``/builtin/x`` and as ``/x``
         :param port: the port to listen on; ``None``: one that is free
+        :param exposure: who may reach that port. The server has no authentication, and
+            asks for all network interfaces. ``"loopback"``: who is on this machine, on
+            Linux; where that cannot be had, a warning says why, and what is open.
+            ``"require-loopback"``: likewise, but then it is not started. ``"any"``: whoever
+            reaches this machine
         :param env: environment variables for the server and its workers, over the inherited
             ones. A ``STEPFLOW_<FLAG>`` in here has the say about that flag of the server,
             unless an option here sets it
@@ -200,6 +206,7 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
                 config_path,
                 {
                     "port": port,
+                    "exposure": exposure,
                     "env": env,
                     "inherit_env": inherit_env,
                     "log_config": log_config,

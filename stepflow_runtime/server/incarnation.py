@@ -26,10 +26,11 @@ from ..logs.pump import Pump
 from ..logs.sinks import LogHub
 from ..transport import Transport
 from ..transport.direct import DirectTransport
+from .confine import warn_of_exposure
 from .diagnosis import advice, last_words
 from .options import Command, ServerOptions
 from .platform import KILLED
-from .process import ServerExit, ServerProcess
+from .process import NOT_CONFINED, ServerExit, ServerProcess
 
 __all__ = ["Incarnation"]
 
@@ -85,6 +86,7 @@ class Incarnation:
         self._health_trouble = ""
         self._health = b""
         self._worker_trouble = ""
+        self._exposure_trouble = ""
 
     async def live(self, binary: Path, command: Command) -> ServerExit:
         """Spawn the server, see it through start-up and life, and tell how it ended.
@@ -244,6 +246,9 @@ class Incarnation:
                 tasks.start_soon(self._cancel_when_ended, limit)
                 tasks.start_soon(self._cancel_when_worker_failed, process, limit)
                 announced = await process.wait_port()
+                self._exposure_trouble = self._look_at_exposure(process, announced)
+                if self._exposure_trouble:
+                    limit.cancel()
                 phase = f"it answered a health request on port {announced}"
                 await self._wait_healthy(announced)
                 port = announced
@@ -254,6 +259,8 @@ class Incarnation:
                 return port, ""
             trouble = f"it says that its version is {version}; supported are "
             return None, f"was given up: {trouble}{wire.SUPPORTED}"
+        if self._exposure_trouble:
+            return None, f"was given up: {self._exposure_trouble}"
         if self._worker_trouble:
             return None, f"was given up before {phase}: {self._worker_trouble}"
         trouble = self._health_trouble
@@ -268,6 +275,16 @@ class Incarnation:
             None,
             f"was given up before {phase}: {timeout:g} s (startup_timeout){trouble}",
         )
+
+    def _look_at_exposure(self, process: ServerProcess, port: int) -> str:
+        """Warn if the port is open to others; return why that is not to be borne."""
+        exposure, trouble = self._options.exposure, process.exposed
+        if exposure == "any" or trouble is None:
+            return ""
+        if exposure == "loopback":
+            warn_of_exposure(port, trouble)
+            return ""
+        return NOT_CONFINED.format(trouble)
 
     async def _cancel_when_ended(self, scope: anyio.CancelScope) -> None:
         await self._ended.wait()

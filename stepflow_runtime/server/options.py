@@ -13,17 +13,20 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self, TypedDict
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, get_args
 
 from ..errors import ServerStartError
 from ..logs.config import LogConfig
+from .port import HeldPort
 from .restart import RestartPolicy
 from .storage import Keeping, Storage, check_lease, merged
 
 if TYPE_CHECKING:
     from .recycling import Limits
 
-__all__ = ["Command", "ServerOptions", "StartOptions", "check_seconds"]
+__all__ = ["Command", "Exposure", "ServerOptions", "StartOptions", "check_seconds"]
+
+Exposure = Literal["loopback", "any", "require-loopback"]
 
 DEFAULT_CONFIG: Final[Mapping[str, Any]] = {
     "plugins": {"builtin": {"type": "builtin"}},
@@ -55,6 +58,8 @@ class Command:
     :ivar stdin: what the server reads from its standard input, or None for nothing
     :ivar keep_fds: descriptors that it is to inherit
     :ivar directory: its working directory; None: this process's own
+    :ivar port: the port that it is told to take, if that is known
+    :ivar exposure: who may reach that
     """
 
     argv: tuple[str, ...]
@@ -62,12 +67,15 @@ class Command:
     stdin: bytes | None = field(repr=False)
     keep_fds: tuple[int, ...] = ()
     directory: str | None = None
+    port: HeldPort = field(default_factory=HeldPort, repr=False)
+    exposure: Exposure = "any"
 
 
 class StartOptions(TypedDict, total=False):
     """The keyword options of :meth:`StepflowRuntime.start`, for those that pass them on."""
 
     port: int | None
+    exposure: Exposure
     env: Mapping[str, str] | None
     inherit_env: bool
     log_config: LogConfig | None
@@ -101,6 +109,7 @@ class ServerOptions:
         default=None, repr=False
     )
     port: int | None = None
+    exposure: Exposure = "loopback"
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
     inherit_env: bool = True
     log_config: LogConfig = field(default_factory=LogConfig)
@@ -140,6 +149,7 @@ class ServerOptions:
         self._check_config()
         if self.port is not None:
             _check_whole("port", self.port, 0, 65535)
+        _check_choice("exposure", self.exposure, get_args(Exposure))
         _check_env(self.env)
         _check_kind("inherit_env", self.inherit_env, bool)
         _check_kind("log_config", self.log_config, LogConfig)
@@ -196,7 +206,17 @@ class ServerOptions:
             argv=self._argv(port, orchestrator_id),
             env=self._environment(inherited),
             stdin=None if self._is_set("CONFIG") else self._config_stdin,
+            exposure=self.exposure,
         )
+
+    def wanted_port(self) -> int | None:
+        """The port that the server is to have; 0 for any. None: only it knows."""
+        if not self._is_set("PORT"):
+            return self.port or 0
+        try:
+            return int(self.env[_PREFIX + "PORT"])
+        except ValueError:
+            return None  # it will say that this is no port
 
     @property
     def is_whole(self) -> bool:
@@ -259,11 +279,12 @@ class ServerOptions:
             **self._log_flags(),
             "CONFIG": self._config_flags(),
         }
-        # A variable that the user set for the server by name has the say there.
+        # A variable that the user set for the server by name has the say there. The port
+        # that it tells is the one that we pass on: see wanted_port().
         return tuple(
             word
             for name, words in flags.items()
-            if not self._is_set(name)
+            if not self._is_set(name) or (name == "PORT" and port)
             for word in words
         )
 
@@ -435,6 +456,12 @@ def _check_id(name: str, value: object) -> None:
     assert isinstance(value, str)
     if not value.strip() or not value.isprintable():
         raise ValueError(f"{name} must be a name that can be printed, not {value!r}")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        wanted = ", ".join(map(repr, choices))
+        raise ValueError(f"{name} must be one of {wanted}, not {value!r}")
 
 
 def _check_kind(name: str, value: object, kind: type | tuple[type, ...]) -> None:

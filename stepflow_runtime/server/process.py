@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
 import anyio
 import msgspec
@@ -27,10 +27,11 @@ from ..logs.entry import LogEntry
 from ..logs.own import report
 from ..loops import Announcer
 from ..threads import run_blocking
+from .confine import CannotConfineError
 from .options import Command
 from .platform import KILLED, Child, spawn
 
-__all__ = ["LONGEST_KILL", "ServerExit", "ServerProcess"]
+__all__ = ["LONGEST_KILL", "NOT_CONFINED", "ServerExit", "ServerProcess"]
 
 # A SIGTERM that arrives while the server is still putting its signal handling together
 # is lost: rarely right after the port line, often on a busy machine. So it is repeated;
@@ -93,16 +94,29 @@ class ServerExit:
 _NOT_KILLED: Final = "%d processes of the server's session %d could not be killed"
 
 
+NOT_CONFINED: Final = (
+    'exposure="require-loopback": the port of the Stepflow server cannot be kept on '
+    'loopback: {}. Without that (exposure="any") whoever reaches this machine could run '
+    "workflows on it, and read files."
+)
+
+
 class _Announcement(msgspec.Struct, forbid_unknown_fields=True):
-    port: int
+    port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
 
 
 _decode_announcement = msgspec.json.Decoder(_Announcement).decode
 
 
 class ServerProcess:
-    def __init__(self, child: Child) -> None:
+    """A process of the server, spawned.
+
+    :param port: the port that it was told to take; 0 if it is to choose
+    """
+
+    def __init__(self, child: Child, port: int = 0) -> None:
         self._child = child
+        self._port = port
         self.pid = child.pid
         self.stdout = child.stdout
         self.stderr = child.stderr
@@ -120,9 +134,12 @@ class ServerProcess:
         """
         handover = _Handover()
         try:
-            # A thread, since a fork and exec takes milliseconds; and since the loopback
-            # filter will be a thread's.
-            return cls(await run_blocking(handover.spawn, binary, command))
+            # A thread, since a fork and exec takes milliseconds; and since what keeps the
+            # port on loopback is a thread's, and what that starts.
+            child = await run_blocking(handover.spawn, binary, command)
+            return cls(child, command.port.number)
+        except CannotConfineError as exc:
+            raise ServerStartError(NOT_CONFINED.format(exc)) from exc
         except (OSError, RuntimeError) as exc:  # RuntimeError: no thread to be had
             raise ServerStartError(_why_not_executed(binary, exc)) from exc
         except BaseException:
@@ -133,16 +150,25 @@ class ServerProcess:
     def hear(self, line: bytes) -> bool:
         """Take a line of standard output; True if it was the announcement of the port.
 
-        For any thread.
+        Of another port than it was told to take, it is none: somebody else wrote that, who
+        has inherited its standard output. For any thread.
         """
         if self.announced_port is not None or not line.startswith(b'{"port"'):
             return False
         try:
-            self.announced_port = _decode_announcement(line).port
+            port = _decode_announcement(line).port
         except msgspec.DecodeError:
             return False
+        if port != (self._port or port):
+            return False
+        self.announced_port = port
         self._announcer.announce()
         return True
+
+    @property
+    def exposed(self) -> str | None:
+        """Why its port may be open to others, though it was not to be; None if it is not."""
+        return self._child.exposed
 
     async def wait_port(self) -> int:
         """Wait until the server has announced its port."""

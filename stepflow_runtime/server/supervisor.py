@@ -49,6 +49,7 @@ from .guard import MARK
 from .incarnation import Incarnation
 from .life import Life
 from .options import Command, ServerOptions
+from .port import HeldPort
 from .process import LONGEST_KILL, ServerExit
 from .state import Journal, RuntimeState
 from .storage import Keeping
@@ -132,6 +133,7 @@ class Supervisor:
         self._failure: Callable[[], ServerError] | None = None
         self._stop_within: float | None = None
         self._guard = _Guard()
+        self._port = HeldPort()
         self._loop: Any = None
         self._has_loop_of_its_own = False
         self._calling_threads: set[int] = set()
@@ -399,6 +401,7 @@ class Supervisor:
 
         def let_go() -> None:
             self.store.give_back()
+            self._port.release()
             self._guard.dismiss()
 
         try:
@@ -469,6 +472,8 @@ class Supervisor:
             options = self._options.anchored()
             binary = find_binary(options.binary, os.environ)
             self._open_logs()
+            if (port := options.wanted_port()) is not None:
+                self._port.take(port)
             self._guard.engage()
             self.keeping = keeping = options.keeping()
             self.logs.hide(keeping.passwords)
@@ -568,10 +573,15 @@ class Supervisor:
         command = self._options.command(
             os.environ,
             # After a restart the same port and id: clients and leases rely on them.
-            port=self.journal.now.port or self._options.port or 0,
+            port=self.journal.now.port or self._port.number,
             orchestrator_id=self._orchestrator_id,
         )
-        command = replace(command, keep_fds=self.store.fds, directory=self._directory)
+        command = replace(
+            command,
+            keep_fds=self.store.fds,
+            directory=self._directory,
+            port=self._port,
+        )
         return await self._incarnation.live(binary, self._guard.marked(command))
 
     async def _reincarnate(self, binary: Path) -> ServerExit:
@@ -652,6 +662,7 @@ class Supervisor:
             self.journal.enter(RuntimeState.STOPPED, pid=None)
 
     def _serve(self, pid: int, port: int) -> None:
+        self._port.keep()
         if self._stop_within is None:
             self._ready = Ready(port, self._incarnations)
             self.journal.enter(RuntimeState.READY, pid=pid, port=port)

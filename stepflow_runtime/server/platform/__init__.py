@@ -36,6 +36,11 @@ class Child(Protocol):
         """That of its standard error."""
         ...
 
+    @property
+    def exposed(self) -> str | None:
+        """Why its port may be open to others, though it was not to be; None if it is not."""
+        ...
+
     async def wait_exit(self) -> None:
         """Wait until it has ended. It is not reaped, so its pid is still its own."""
         ...

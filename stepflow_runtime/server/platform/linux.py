@@ -22,6 +22,7 @@ import anyio
 
 from ...forks import no_forks
 from ...threads import run_abandonable
+from ..confine import Confinement, Unconfined, confine
 from ..options import Command
 
 assert sys.platform == "linux"  # for mypy, which has to know that before the import
@@ -49,7 +50,10 @@ _LOG_PIPE_SIZE = 1024 * 1024
 def spawn(binary: Path, command: Command) -> LinuxChild:
     """Start ``binary`` in a new session. Blocks for the time of a fork and exec.
 
+    In a thread that ends then: it may have given up the right to bind as it likes.
+
     :raises OSError: if it cannot be executed
+    :raises CannotConfineError: if its port cannot be kept on loopback, and has to be
     """
     # A sweep reads /proc, and must be able to when the program is out of descriptors.
     # Opened first: after the spawn nothing may fail before somebody owns the process.
@@ -57,8 +61,14 @@ def spawn(binary: Path, command: Command) -> LinuxChild:
     try:
         # A child that is forked meanwhile would not know what to close.
         with no_forks(), two_bells() as bells:
-            process = start(binary, command, _stdin(command.stdin))
-            return LinuxChild(process, bells, spare)
+            confinement = confine(command.port.number, command.exposure)
+            try:
+                command.port.lend()
+                process = start(binary, command, _stdin(command.stdin))
+            except BaseException:
+                confinement.close()
+                raise
+            return LinuxChild(process, bells, spare, confinement)
     except BaseException:
         os.close(spare)
         raise
@@ -94,8 +104,13 @@ def _make_room(pipe: int, size: int) -> None:
 
 class LinuxChild(PosixChild):
     def __init__(
-        self, process: subprocess.Popen[bytes], bells: tuple[Bell, Bell], spare: int
+        self,
+        process: subprocess.Popen[bytes],
+        bells: tuple[Bell, Bell],
+        spare: int,
+        confinement: Confinement | Unconfined,
     ) -> None:
+        self._confinement = confinement
         self._pidfd = _pidfd_of(process.pid)
         self._spare: int | None = spare
         super().__init__(process, bells)
@@ -119,6 +134,10 @@ class LinuxChild(PosixChild):
         self._reap_adopted()
         return left
 
+    @property
+    def exposed(self) -> str | None:
+        return self._confinement.trouble
+
     def ended_workers(self) -> list[int]:
         import psutil
 
@@ -129,8 +148,13 @@ class LinuxChild(PosixChild):
         codes = (_exit_code_of_zombie(child.pid) for child in children)
         return [code for code in codes if code is not None]
 
+    def forget(self) -> None:
+        self._confinement.forget()
+        super().forget()
+
     def close(self) -> None:
         super().close()
+        self._confinement.close()
         pidfd, self._pidfd = self._pidfd, None
         if pidfd is not None:
             os.close(pidfd)

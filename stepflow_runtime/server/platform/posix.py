@@ -301,6 +301,10 @@ class PosixChild(ABC):
     @abstractmethod
     def ended_workers(self) -> list[int]: ...
 
+    @property
+    def exposed(self) -> str | None:
+        return "only on Linux can that be done"
+
     @abstractmethod
     def _holds_its_pid(self) -> bool:
         """True as long as nobody has reaped the process, and so given its pid away."""

@@ -247,6 +247,10 @@ class WindowsChild:
             time.sleep(_SWEEP_PASS)
         return left
 
+    @property
+    def exposed(self) -> str | None:
+        return "only on Linux can that be done"
+
     def ended_workers(self) -> list[int]:
         return []
 
