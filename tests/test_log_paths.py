@@ -346,7 +346,9 @@ async def test_other_tasks_have_their_turn_while_a_flood_comes_in(
         # Somebody has to answer the health requests.
         flood = f"exec {sys.executable} {tmp_path}/flood.py {real.port}"
         turns = 0
-        async with StepflowRuntime.start(binary=fake_server(flood)) as runtime:
+        async with StepflowRuntime.start(
+            binary=fake_server(flood), port=real.port
+        ) as runtime:
             while not any(e.message == "299999" for e in runtime.get_recent_logs(1)):
                 await anyio.sleep(0.001)
                 turns += 1

@@ -271,7 +271,7 @@ async def test_a_server_that_never_answers_health(
     async with listener, anyio.create_task_group() as tasks:
         tasks.start_soon(listener.serve, accept_and_say_nothing)
         with anyio.fail_after(5):
-            error = await failing_start(binary=script, startup_timeout=0.3)
+            error = await failing_start(binary=script, port=port, startup_timeout=0.3)
         tasks.cancel_scope.cancel()
     assert f"before it answered a health request on port {port}" in str(error)
 
@@ -281,7 +281,7 @@ async def test_a_server_on_whose_port_nobody_listens(
     fake_server: Callable[[str], Path], free_tcp_port: int
 ) -> None:
     script = fake_server(f"echo '{{\"port\":{free_tcp_port}}}'; exec sleep 100")
-    error = await failing_start(binary=script, startup_timeout=0.3)
+    error = await failing_start(binary=script, port=free_tcp_port, startup_timeout=0.3)
     assert "no connection to the server" in str(error)
     assert f"[Errno {errno.ECONNREFUSED}]" in str(error)
 

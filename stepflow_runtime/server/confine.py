@@ -50,7 +50,7 @@ if sys.platform != "win32":
 
 from ..logs.own import report
 from .options import Exposure
-from .port import LOOPBACK
+from .port import LOOPBACK, HeldPort
 
 __all__ = ["CannotConfineError", "Confinement", "Unconfined", "confine", "loopback_for"]
 
@@ -230,21 +230,23 @@ def _refusal(what: str, number: int) -> CannotConfineError:
 # -- the answers -----------------------------------------------------------------------
 
 
-def confine(port: int, exposure: Exposure) -> Confinement | Unconfined:
+def confine(port: HeldPort, exposure: Exposure) -> Confinement | Unconfined:
     """Confine what this thread starts from now on, as the option says.
 
     :param port: the server's
     :raises CannotConfineError: if that cannot be had, and is required
     """
-    if exposure == "any":
-        return Unconfined(None)
-    is_required = exposure == "require-loopback"
-    try:
-        return Confinement(port, strict=is_required)
-    except CannotConfineError as exc:
-        if is_required:
-            raise
-        return Unconfined(str(exc))
+    trouble = None
+    if exposure != "any":
+        is_required = exposure == "require-loopback"
+        try:
+            return Confinement(port, strict=is_required)
+        except CannotConfineError as exc:
+            if is_required:
+                raise
+            trouble = str(exc)
+    port.lend()  # who binds it is the server itself, at some time in its start
+    return Unconfined(trouble)
 
 
 _OPEN: Final = (
@@ -306,8 +308,8 @@ class Confinement:
     :raises CannotConfineError: if it cannot be had
     """
 
-    def __init__(self, port: int, *, strict: bool) -> None:
-        if port == 0:
+    def __init__(self, port: HeldPort, *, strict: bool) -> None:
+        if port.number == 0:
             raise CannotConfineError("which port the server takes, it alone knows")
         self._port = port
         self._strict = strict
@@ -318,6 +320,7 @@ class Confinement:
         self._lock = threading.Lock()
         self._is_over = False
         self._bell, self._ringing = os.pipe()
+        os.set_blocking(self._ringing, False)
         self._thread = threading.Thread(
             target=self._serve, daemon=True, name="stepflow-runtime loopback"
         )
@@ -397,13 +400,13 @@ class Confinement:
 
         None: it is not our affair, and done as it was asked for.
         """
-        there = loopback_for(_memory(question), self._port)
+        there = loopback_for(_memory(question), self._port.number)
         if there is None or not _is_tcp(question):
             return None
         if not _is_in_our_network(question.asker):
             return self._give_way("its process has a network namespace of its own")
         try:
-            replacement = _bound(*there, self._port, blocking=_is_blocking(question))
+            replacement = self._socket(*there, blocking=_is_blocking(question))
         except OSError as exc:
             return exc.errno or errno.EINVAL  # what the server would have heard
         with replacement:
@@ -419,12 +422,40 @@ class Confinement:
         self._is_kept = True
         return 0
 
+    def _socket(
+        self, family: socket.AddressFamily, host: str, *, blocking: bool
+    ) -> socket.socket:
+        """What takes the place of the server's socket.
+
+        It listens already, so that the port need not be lent for longer: from then on
+        nobody else can. That the server has it do so again only changes its backlog.
+        """
+        replacement = socket.socket(family, socket.SOCK_STREAM)
+        self._port.lend()
+        try:
+            # As the server's own: the connections of the server before it may linger.
+            replacement.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, True)
+            if family == socket.AF_INET6:
+                replacement.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, False)
+            replacement.setblocking(blocking)
+            replacement.bind((host, self._port.number))
+            replacement.listen()
+        except BaseException:
+            replacement.close()
+            raise
+        finally:
+            self._port.keep()
+        return replacement
+
     def _give_way(self, trouble: str) -> int | None:
         """What to answer where we cannot do it, though it may be the server's port."""
         if self._is_kept:
             return None  # then it is somebody else's
         self._trouble = trouble
-        return errno.EACCES if self._strict else None
+        if self._strict:
+            return errno.EACCES
+        self._port.lend()  # until it is READY
+        return None
 
 
 def _memory(question: _Question) -> bytes:
@@ -452,24 +483,6 @@ def _is_blocking(question: _Question) -> bool:
 def _is_in_our_network(asker: int) -> bool:
     theirs, ours = os.stat(f"/proc/{asker}/ns/net"), os.stat("/proc/self/ns/net")
     return (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino)
-
-
-def _bound(
-    family: socket.AddressFamily, host: str, port: int, *, blocking: bool
-) -> socket.socket:
-    replacement = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        # As the server's own does: it has to share the port with who holds it, and with
-        # the connections of the server before it.
-        replacement.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, True)
-        if family == socket.AF_INET6:
-            replacement.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, False)
-        replacement.setblocking(blocking)
-        replacement.bind((host, port))
-    except BaseException:
-        replacement.close()
-        raise
-    return replacement
 
 
 def _check_still_there(listener: int, question: _Question) -> None:

@@ -7,9 +7,10 @@ client never talks to a stranger.
 
 How: a socket of ours is bound to the port, and never listens. Nobody may bind the same
 address then, unless both sockets carry ``SO_REUSEADDR`` and neither listens. The server's
-carries it, and ours does from :meth:`~HeldPort.lend` to :meth:`~HeldPort.keep`, while a
-server starts. Who else binds the port in those milliseconds can only make that start fail:
-one of them gets to listen, and the server announces nothing if it is not the one.
+carries it, and ours does from :meth:`~HeldPort.lend` to :meth:`~HeldPort.keep`: while we
+make the server's socket (``confine``), or, where it does that itself, while it starts. Who
+else binds the port in that moment can only make the start fail: one of them gets to listen,
+and the server announces nothing if it is not the one.
 (``inet_csk_bind_conflict`` in Linux's net/ipv4/inet_connection_sock.c, which asks the same
 again at ``listen``.) Other systems share addresses differently: there nothing is held.
 """
@@ -58,7 +59,7 @@ class HeldPort:
                 self.number = self._holder.getsockname()[1]
 
     def lend(self) -> None:
-        """Let a server that is about to start bind the port, too."""
+        """Let the server bind the port, too."""
         self._share(True)
 
     def keep(self) -> None:

@@ -582,7 +582,10 @@ class Supervisor:
             directory=self._directory,
             port=self._port,
         )
-        return await self._incarnation.live(binary, self._guard.marked(command))
+        try:
+            return await self._incarnation.live(binary, self._guard.marked(command))
+        finally:
+            self._port.keep()
 
     async def _reincarnate(self, binary: Path) -> ServerExit:
         """A failed launch counts as one more crash."""

@@ -61,9 +61,8 @@ def spawn(binary: Path, command: Command) -> LinuxChild:
     try:
         # A child that is forked meanwhile would not know what to close.
         with no_forks(), two_bells() as bells:
-            confinement = confine(command.port.number, command.exposure)
+            confinement = confine(command.port, command.exposure)
             try:
-                command.port.lend()
                 process = start(binary, command, _stdin(command.stdin))
             except BaseException:
                 confinement.close()
