@@ -120,6 +120,19 @@ def test_the_tutorial_can_be_followed(tmp_path: Path) -> None:
     assert outputs[2] == "3\n"
 
 
+def test_the_report_of_the_doctor_looks_as_shown() -> None:
+    (command,) = blocks("docs/how-to.md", "console")
+    (shown,) = [b for b in blocks("docs/how-to.md", "text") if "hello flow" in b]
+    done = python("-m", "stepflow_runtime.cli", *command.split()[1:])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert _names(done.stdout) == _names(shown)
+
+
+def _names(report: str) -> list[str]:
+    """Those of the checks: what they find is this machine's own."""
+    return re.findall(r"^(?:ok|warning) +(\S+(?: \S+)?)  ", report, re.MULTILINE)
+
+
 def test_the_readme_opens_with_the_two_commands() -> None:
     commands = blocks("README.md", "console")
     assert len(commands) == 2

@@ -2,7 +2,8 @@
 
 Standard output carries results only, as JSON, to be piped; everything else goes to
 standard error. Exit codes: 0 the flow succeeded, 1 it failed (the result says why), 2 the
-command, its input or the workflow is wrong, 3 the server could not be started or died.
+command, its input or the workflow is wrong, 3 the server could not be started or died. The
+command ``doctor`` has a room and exit codes of its own.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ..executor import FlowResult, FlowStatus
 from ..logs.config import LogConfig
 from ..runtime import StepflowRuntime
 from ..server.diagnosis import without_ansi
+from .doctor import doctor
 
 __all__ = ["app"]
 
@@ -42,6 +44,9 @@ class Exit(IntEnum):
 @app.callback()
 def command() -> None:
     """Run Stepflow workflows on a server that lives as long as the command."""
+
+
+app.command()(doctor)
 
 
 @app.command()
