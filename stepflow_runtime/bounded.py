@@ -1,0 +1,87 @@
+"""How much of a user's file is taken, and the file itself: read whole, if it is one.
+
+A leaf. Contract of :func:`read_file`: what is named may be anything: a pipe that nobody writes to, a device
+without an end, a file that grows under our hands. The answer is its content or an
+``OSError`` that says what is wrong with it, and comes without waiting for another process,
+and without more than ``at_most`` bytes read. Blocks on the file system.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from typing import Final
+
+__all__ = [
+    "LARGEST_FILE",
+    "MOST_ALIASED",
+    "MOST_DIGITS",
+    "MOST_LEVELS",
+    "MOST_VALUES",
+    "read_file",
+]
+
+# What is within all of these, and what is not, is known in less than a second, with less
+# than 100 MB: tests/test_hostile_files.py.
+LARGEST_FILE: Final = 8 * 2**20
+# How many containers may be inside one another: the server reads no deeper.
+MOST_LEVELS: Final = 125
+# Of a document, with its keys. In YAML an alias counts as all that it stands for.
+MOST_VALUES: Final = 250_000
+# In all the strings that aliases stand for. As JSON, a character can take six bytes.
+MOST_ALIASED: Final = 2**20
+# Of an integer. int() takes quadratic time, unless Python is told to refuse long ones; it
+# can be told any number from this on. The server takes sixteen.
+MOST_DIGITS: Final = 640
+
+# Should something else have come to the place of the regular file: O_NONBLOCK, since to
+# open a pipe waits for a writer; O_NOCTTY, since to open a terminal may make it ours.
+_FLAGS: Final = (
+    os.O_RDONLY
+    | getattr(os, "O_CLOEXEC", 0)
+    | getattr(os, "O_NONBLOCK", 0)
+    | getattr(os, "O_NOCTTY", 0)
+    | getattr(os, "O_BINARY", 0)
+)
+
+_KINDS: Final = {
+    stat.S_IFDIR: (errno.EISDIR, os.strerror(errno.EISDIR)),
+    stat.S_IFIFO: (errno.EINVAL, "Is a named pipe, and no regular file"),
+    stat.S_IFCHR: (errno.EINVAL, "Is a device, and no regular file"),
+    stat.S_IFBLK: (errno.EINVAL, "Is a device, and no regular file"),
+    stat.S_IFSOCK: (errno.EINVAL, "Is a socket, and no regular file"),
+}
+
+
+def read_file(path: str | os.PathLike[str], at_most: int = LARGEST_FILE) -> bytes:
+    """The content of a regular file.
+
+    :raises OSError: if there is none, if it is something else, or longer than ``at_most``
+    :raises ValueError: if there is a NUL in the name
+    """
+    # Before it is opened: to open a device can do something (a watchdog starts to count).
+    _check(os.stat(path), path, at_most)
+    with open(os.open(path, _FLAGS), "rb") as file:
+        status = os.fstat(file.fileno())
+        _check(status, path, at_most)
+        content = file.read(status.st_size + 1)
+        if len(content) > status.st_size:  # it grows, or has no size, as those in /proc
+            content += file.read(at_most + 1 - len(content))
+    if len(content) > at_most:
+        raise _too_long(path, f"more than {at_most}", at_most)
+    return content
+
+
+def _check(status: os.stat_result, path: str | os.PathLike[str], at_most: int) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        unknown = (errno.EINVAL, "Is no regular file")
+        number, words = _KINDS.get(stat.S_IFMT(status.st_mode), unknown)
+        raise OSError(number, words, os.fspath(path))
+    if status.st_size > at_most:
+        raise _too_long(path, str(status.st_size), at_most)
+
+
+def _too_long(path: str | os.PathLike[str], length: str, at_most: int) -> OSError:
+    words = f"Is {length} bytes long, and at most {at_most} are read"
+    return OSError(errno.EFBIG, words, os.fspath(path))
