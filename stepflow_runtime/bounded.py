@@ -1,9 +1,9 @@
 """How much of a user's file is taken, and the file itself: read whole, if it is one.
 
-A leaf. Contract of :func:`read_file`: what is named may be anything: a pipe that nobody writes to, a device
-without an end, a file that grows under our hands. The answer is its content or an
-``OSError`` that says what is wrong with it, and comes without waiting for another process,
-and without more than ``at_most`` bytes read. Blocks on the file system.
+A leaf. Contract: what the path names may be anything: a pipe that nobody writes to, a
+device without an end, a file that grows under our hands. The answer is its content, or an
+``OSError`` that says what it is; it waits for no other process, and takes no more memory
+than the limit. What is in the file is for others to judge, by the limits that stand here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = [
 
 # What is within all of these, and what is not, is known in less than a second, with less
 # than 100 MB: tests/test_hostile_files.py.
-LARGEST_FILE: Final = 8 * 2**20
+LARGEST_FILE: Final = 6 * 2**20
 # How many containers may be inside one another: the server reads no deeper.
 MOST_LEVELS: Final = 125
 # Of a document, with its keys. In YAML an alias counts as all that it stands for.
@@ -35,11 +35,10 @@ MOST_ALIASED: Final = 2**20
 # can be told any number from this on. The server takes sixteen.
 MOST_DIGITS: Final = 640
 
-# Should something else have come to the place of the regular file: O_NONBLOCK, since to
+# Should something else have come to the file's place since we looked: O_NONBLOCK, since to
 # open a pipe waits for a writer; O_NOCTTY, since to open a terminal may make it ours.
 _FLAGS: Final = (
     os.O_RDONLY
-    | getattr(os, "O_CLOEXEC", 0)
     | getattr(os, "O_NONBLOCK", 0)
     | getattr(os, "O_NOCTTY", 0)
     | getattr(os, "O_BINARY", 0)
@@ -47,7 +46,7 @@ _FLAGS: Final = (
 
 _KINDS: Final = {
     stat.S_IFDIR: (errno.EISDIR, os.strerror(errno.EISDIR)),
-    stat.S_IFIFO: (errno.EINVAL, "Is a named pipe, and no regular file"),
+    stat.S_IFIFO: (errno.EINVAL, "Is a pipe, and no regular file"),
     stat.S_IFCHR: (errno.EINVAL, "Is a device, and no regular file"),
     stat.S_IFBLK: (errno.EINVAL, "Is a device, and no regular file"),
     stat.S_IFSOCK: (errno.EINVAL, "Is a socket, and no regular file"),
@@ -55,17 +54,21 @@ _KINDS: Final = {
 
 
 def read_file(path: str | os.PathLike[str], at_most: int = LARGEST_FILE) -> bytes:
-    """The content of a regular file.
+    """The content of a regular file. Blocks on the file system.
 
     :raises OSError: if there is none, if it is something else, or longer than ``at_most``
-    :raises ValueError: if there is a NUL in the name
     """
+    try:
+        status = os.stat(path)
+    except ValueError as exc:  # a NUL in the name
+        raise OSError(errno.EINVAL, str(exc), os.fspath(path)) from exc
     # Before it is opened: to open a device can do something (a watchdog starts to count).
-    _check(os.stat(path), path, at_most)
+    _check(status, path, at_most)
     with open(os.open(path, _FLAGS), "rb") as file:
         status = os.fstat(file.fileno())
         _check(status, path, at_most)
-        content = file.read(status.st_size + 1)
+        # Nothing instead of no bytes: a file of the kernel's that waits as a pipe does.
+        content = file.read(status.st_size + 1) or b""
         if len(content) > status.st_size:  # it grows, or has no size, as those in /proc
             content += file.read(at_most + 1 - len(content))
     if len(content) > at_most:

@@ -240,16 +240,20 @@ def _refuse(event: Any, problem: str) -> NoReturn:
 
 
 def _refuse_tag(event: Any, what: str) -> NoReturn:
-    if event.tag.removeprefix(_PREFIX) in _NAMES:
-        _refuse(event, f"the tag {event.tag} does not fit {what}")
-    _refuse(event, f"the tag {_shown(event.tag)} is not known here")
+    tag = event.tag.replace(_PREFIX, "!!", 1)
+    if tag.removeprefix("!!") in _NAMES:
+        _refuse(event, f"the tag {tag} does not fit {what}")
+    _refuse(event, f"the tag {_cut(tag)} is not known here")
 
 
 def _shown(value: Any) -> str:
     """For a message, cut."""
     if isinstance(value, int) and value.bit_length() > 190:  # repr() may refuse it
         return "a long integer"
-    text = repr(value[: _SHOWN + 1] if isinstance(value, str) else value)
+    return _cut(repr(value[: _SHOWN + 1] if isinstance(value, str) else value))
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 

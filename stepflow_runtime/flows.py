@@ -196,7 +196,7 @@ def _is_u32(value: object) -> bool:
 def _read(path: Path) -> bytes:
     try:
         return read_file(path)
-    except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
+    except OSError as exc:
         raise _not_found(path, exc) from exc
 
 
@@ -298,6 +298,8 @@ def _exact_float(text: str) -> float:
 # -- JSON ------------------------------------------------------------------------------
 
 
+# What a text so short can hold takes neither long nor much memory.
+_SHORT = 2**20
 # No stack is full with so many containers inside one another.
 _SAFE_LEVELS = 10_000
 
@@ -327,12 +329,14 @@ def _may_be_too_much(text: bytes) -> bool:
     """Whether it is worth a closer look, which takes longer than to parse."""
     # What is too deep Python refuses by itself, unless it has been told not to.
     is_guarded = sys.getrecursionlimit() <= _SAFE_LEVELS
-    most = MOST_VALUES if is_guarded else _SAFE_LEVELS
-    return len(text) > most and len(text) - len(text.translate(None, b",:[{")) > most
+    if len(text) <= (_SHORT if is_guarded else _SAFE_LEVELS):
+        return False
+    marks = len(text) - len(text.translate(None, b",:[{"))
+    return marks >= (MOST_VALUES if is_guarded else _SAFE_LEVELS)
 
 
 def _check_marks(text: str) -> None:
-    levels = values = 0
+    levels, values = 0, 1
     for match in _JSON_MARKS.finditer(text):
         mark = text[match.start()]
         if mark in "[{":
