@@ -37,12 +37,7 @@ MOST_DIGITS: Final = 640
 
 # Should something else have come to the file's place since we looked: O_NONBLOCK, since to
 # open a pipe waits for a writer; O_NOCTTY, since to open a terminal may make it ours.
-_FLAGS: Final = (
-    os.O_RDONLY
-    | getattr(os, "O_NONBLOCK", 0)
-    | getattr(os, "O_NOCTTY", 0)
-    | getattr(os, "O_BINARY", 0)
-)
+_FLAGS: Final = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
 
 _KINDS: Final = {
     stat.S_IFDIR: (errno.EISDIR, os.strerror(errno.EISDIR)),
@@ -64,7 +59,7 @@ def read_file(path: str | os.PathLike[str], at_most: int = LARGEST_FILE) -> byte
         raise OSError(errno.EINVAL, str(exc), os.fspath(path)) from exc
     # Before it is opened: to open a device can do something (a watchdog starts to count).
     _check(status, path, at_most)
-    with open(os.open(path, _FLAGS), "rb") as file:
+    with open(path, "rb", opener=_open) as file:
         status = os.fstat(file.fileno())
         _check(status, path, at_most)
         # Nothing instead of no bytes: a file of the kernel's that waits as a pipe does.
@@ -74,6 +69,10 @@ def read_file(path: str | os.PathLike[str], at_most: int = LARGEST_FILE) -> byte
     if len(content) > at_most:
         raise _too_long(path, f"more than {at_most}", at_most)
     return content
+
+
+def _open(path: str, flags: int) -> int:
+    return os.open(path, flags | _FLAGS)
 
 
 def _check(status: os.stat_result, path: str | os.PathLike[str], at_most: int) -> None:

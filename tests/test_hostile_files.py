@@ -268,8 +268,14 @@ def test_a_file_without_a_size_is_read_up_to_the_limit() -> None:
         read_file(path, 50)
 
 
-def test_a_pipe_that_takes_a_files_place_is_not_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("make", "words"), [(os.mkfifo, "Is a pipe"), (os.mkdir, "Is a directory")]
+)
+def test_what_takes_a_files_place_is_not_waited_for(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[Path], None],
+    words: str,
 ) -> None:
     path = tmp_path / "flow.yaml"
     path.write_text("{}")
@@ -278,12 +284,12 @@ def test_a_pipe_that_takes_a_files_place_is_not_waited_for(
     def stat_and_replace(name: Path) -> os.stat_result:
         status = stat(name)
         path.unlink()
-        os.mkfifo(path)
+        make(path)
         return status
 
     with monkeypatch.context() as patched:
         patched.setattr("stepflow_runtime.bounded.os.stat", stat_and_replace)
-        with pytest.raises(OSError, match="Is a pipe"):
+        with pytest.raises(OSError, match=words):
             read_file(path)
 
 
