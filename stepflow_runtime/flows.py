@@ -81,7 +81,7 @@ def load(flow: FlowSource) -> Flow:
     :raises FlowNotFoundError: if the file is missing or unreadable, if it is no regular
         file, or a longer one than :data:`.bounded.LARGEST_FILE`
     :raises FlowSyntaxError: if it is not well-formed YAML or JSON, or beyond the limits of
-        :mod:`.core_yaml`
+        :mod:`.bounded`
     :raises InvalidFlowError: if it holds no mapping, or something JSON cannot carry
     :raises TypeError: if ``flow`` is neither a path nor a document
     """
