@@ -84,11 +84,14 @@ class FlowDefinitionError(StepflowError):
 
 
 class FlowNotFoundError(FlowDefinitionError):
-    """The workflow file does not exist or cannot be read."""
+    """The workflow file does not exist or cannot be read.
+
+    It may also be something other than a regular file, such as a pipe, or too long.
+    """
 
 
 class FlowSyntaxError(FlowDefinitionError):
-    """The workflow file is not well-formed YAML or JSON.
+    """The workflow file is not well-formed YAML or JSON, or is too much of it.
 
     :ivar line: the line of the fault, counted from 1, or ``None`` if it is not known
     :ivar column: the column of the fault, counted from 1, or ``None``

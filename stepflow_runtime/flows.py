@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import sys
 from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Any, NamedTuple, NoReturn
 import msgspec
 
 from . import wire
+from .bounded import MOST_DIGITS, MOST_LEVELS, MOST_VALUES, read_file
 from .errors import (
     FlowDefinitionError,
     FlowNotFoundError,
@@ -75,8 +78,10 @@ class Flow(NamedTuple):
 def load(flow: FlowSource) -> Flow:
     """Read and parse ``flow``. Blocks on the file system if it is a path.
 
-    :raises FlowNotFoundError: if the file is missing or unreadable
-    :raises FlowSyntaxError: if it is not well-formed YAML or JSON
+    :raises FlowNotFoundError: if the file is missing or unreadable, if it is no regular
+        file, or a longer one than :data:`.bounded.LARGEST_FILE`
+    :raises FlowSyntaxError: if it is not well-formed YAML or JSON, or beyond the limits of
+        :mod:`.bounded`
     :raises InvalidFlowError: if it holds no mapping, or something JSON cannot carry
     :raises TypeError: if ``flow`` is neither a path nor a document
     """
@@ -190,8 +195,8 @@ def _is_u32(value: object) -> bool:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
-    except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
+        return read_file(path)
+    except OSError as exc:
         raise _not_found(path, exc) from exc
 
 
@@ -293,10 +298,24 @@ def _exact_float(text: str) -> float:
 # -- JSON ------------------------------------------------------------------------------
 
 
+# What a text so short can hold takes neither long nor much memory.
+_SHORT = 2**20
+# No stack is full with so many containers inside one another.
+_SAFE_LEVELS = 10_000
+
+_JSON_MARKS = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{\]},:]', re.DOTALL)
+
+
 def _parse_json(text: bytes, source: str) -> Any:
     try:
+        decoded = text.decode(json.detect_encoding(text), "surrogatepass")
+        if _may_be_too_much(text):
+            _check_marks(decoded)
         return json.loads(
-            text, parse_constant=_refuse_constant, object_pairs_hook=_unique_pairs
+            decoded,
+            parse_constant=_refuse_constant,
+            parse_int=None if _refuses_long_integers() else _whole,
+            object_pairs_hook=_unique_pairs,
         )
     except json.JSONDecodeError as exc:
         raise _syntax_error(source, exc.msg, exc.lineno, exc.colno) from exc
@@ -304,6 +323,45 @@ def _parse_json(text: bytes, source: str) -> Any:
         raise _syntax_error(source, f"not UTF-8: {exc.reason}") from exc
     except (ValueError, RecursionError) as exc:
         raise _syntax_error(source, str(exc)) from exc
+
+
+def _may_be_too_much(text: bytes) -> bool:
+    """Whether it is worth a closer look, which takes longer than to parse."""
+    # What is too deep Python refuses by itself, unless it has been told not to.
+    is_guarded = sys.getrecursionlimit() <= _SAFE_LEVELS
+    if len(text) <= (_SHORT if is_guarded else _SAFE_LEVELS):
+        return False
+    marks = len(text) - len(text.translate(None, b",:[{"))
+    return marks >= (MOST_VALUES if is_guarded else _SAFE_LEVELS)
+
+
+def _check_marks(text: str) -> None:
+    levels, values = 0, 1
+    for match in _JSON_MARKS.finditer(text):
+        mark = text[match.start()]
+        if mark in "[{":
+            levels += 1
+        elif mark in "]}":
+            levels -= 1
+        if mark in ",:[{":
+            values += 1
+        if levels > MOST_LEVELS:
+            problem = f"nested too deeply: inside more than {MOST_LEVELS} levels"
+            raise json.JSONDecodeError(problem, text, match.start())
+        if values > MOST_VALUES:
+            problem = f"too much: more than {MOST_VALUES} values"
+            raise json.JSONDecodeError(problem, text, match.start())
+
+
+def _refuses_long_integers() -> bool:
+    """Whether Python does it by itself, which costs nothing."""
+    return 0 < sys.get_int_max_str_digits() <= sys.int_info.default_max_str_digits
+
+
+def _whole(text: str) -> int:
+    if len(text) > MOST_DIGITS:
+        raise ValueError(f"an integer of more than {MOST_DIGITS} digits")
+    return int(text)
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -315,7 +373,7 @@ def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(unique) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        raise ValueError(f"the key {twice[:60]!r} stands twice in one object")
     return unique
 
 

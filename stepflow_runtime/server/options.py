@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, get_args
 
+from ..bounded import read_file
 from ..errors import ServerStartError
 from ..logs.config import LogConfig
 from .port import HeldPort
@@ -397,7 +398,7 @@ class ServerOptions:
         path = self.config_path
         assert isinstance(path, str | os.PathLike)
         try:
-            config = core_yaml.parse(Path(path).read_bytes())
+            config = core_yaml.parse(read_file(path))
         except (OSError, core_yaml.YamlSyntaxError) as exc:
             raise ServerStartError(
                 f"the configuration file {path} cannot be read: {exc}"
