@@ -496,13 +496,11 @@ class _Address:
         """
         if not isinstance(url, str):
             raise TypeError(f"{name} must be a string, not {type(url).__name__}")
-        try:
-            parts = urlsplit(url)
-            port = parts.port
-        except ValueError:  # its words may be a part of the password
+        parts = _parts(url)
+        if parts is None:
             raise ValueError(
                 f"{name} is not a valid URL (is its user or password percent-encoded?)"
-            ) from None
+            )
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(
                 f"{name} must begin with http:// or https:// and a host, like "
@@ -521,7 +519,7 @@ class _Address:
         return cls(
             scheme=parts.scheme,
             host=_host(parts.hostname, name),
-            port=port or (443 if parts.scheme == "https" else 80),
+            port=parts.port or (443 if parts.scheme == "https" else 80),
             prefix=path,
             authorization=_basic_authorization(parts),
         )
@@ -534,6 +532,16 @@ class _Address:
     @property
     def url(self) -> str:
         return self.origin + self.prefix
+
+
+def _parts(url: str) -> SplitResult | None:
+    """None if it has none. Why not is told to nobody: it may quote the password."""
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 - checked where it is read
+    except ValueError:
+        return None
+    return parts
 
 
 def _host(host: str, name: str) -> str:

@@ -114,7 +114,7 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
         *,
         port: int | None = None,
         exposure: Exposure = "loopback",
-        env: Mapping[str, str] | None = None,
+        env: Mapping[str, str | None] | None = None,
         inherit_env: bool = True,
         log_config: LogConfig | None = None,
         restart_policy: RestartPolicy = RestartPolicy.NEVER,
@@ -149,9 +149,10 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
             ``"require-loopback"``: likewise, but then it is not started. ``"any"``: whoever
             reaches this machine
         :param env: environment variables for the server and its workers, over the inherited
-            ones. A ``STEPFLOW_<FLAG>`` in here has the say about that flag of the server,
-            unless an option here sets it
-        :param inherit_env: whether the server inherits this process's environment. Its
+            ones; None unsets one of those. A ``STEPFLOW_<FLAG>`` in here has the say about
+            that flag of the server, unless an option here sets it
+        :param inherit_env: whether the server inherits this process's environment, or only
+            what programs need anywhere (``PATH``, ``HOME``, ``LANG``, ``TMPDIR`` ...). Its
             ``STEPFLOW_*`` variables are never inherited
         :param log_config: what the server logs, and where it goes
         :param restart_policy: what to do when the server ends unasked. The first start is

@@ -411,9 +411,36 @@ def test_a_variable_in_env_keeps_the_logs_from_a_collector() -> None:
 def test_what_is_inherited() -> None:
     inherited = {"PATH": "/bin", "STEPFLOW_PORT": "1", "stepflow_x": "2"}
     assert command(ServerOptions(), **inherited).env == {"PATH": "/bin"}
-    assert command(ServerOptions(inherit_env=False), **inherited).env == {}
     made = command(ServerOptions(env={"STEPFLOW_X": "3"}), **inherited)
     assert made.env == {"PATH": "/bin", "STEPFLOW_X": "3"}
+
+
+def test_what_is_handed_down_where_nothing_is_inherited() -> None:
+    needed = {"PATH": "/bin", "HOME": "/h", "LANG": "C", "TMPDIR": "/t", "TZ": "UTC"}
+    inherited = {**needed, "TOKEN": "1", "HTTP_PROXY": "http://p", "STEPFLOW_X": "2"}
+    options = ServerOptions(inherit_env=False, env={"X": "3", "TZ": None})
+    assert command(options, **inherited).env == {
+        **{name: value for name, value in needed.items() if name != "TZ"},
+        "X": "3",
+    }
+
+
+def test_none_unsets_a_variable_and_sets_no_flag() -> None:
+    env = {"TOKEN": None, "NOBODYS": None, "STEPFLOW_LOG_LEVEL": None, "KEPT": ""}
+    made = command(ServerOptions(env=env), TOKEN="1", PATH="/bin", KEPT="x")
+    assert made.env == {"PATH": "/bin", "KEPT": ""}
+    assert "--log-level" in made.argv
+
+
+def test_windows_takes_no_notice_of_the_case_of_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inherited = {"PATH": "old", "SYSTEMROOT": "r", "SECRET": "s"}
+    options = ServerOptions(env={"Path": "new", "secret": None})
+    monkeypatch.setattr("stepflow_runtime.server.options.os.name", "nt")
+    assert command(options, **inherited).env == {"Path": "new", "SYSTEMROOT": "r"}
+    options = ServerOptions(inherit_env=False)
+    assert command(options, SystemRoot="r", Other="o").env == {"SystemRoot": "r"}
 
 
 def test_proxies_are_kept_from_the_loopback() -> None:

@@ -27,6 +27,7 @@ from stepflow_runtime.logs.sinks import LogHub
 from stepflow_runtime.server import store as store_module
 from stepflow_runtime.server.lock import StoreLock, StoreLockedError
 from stepflow_runtime.server.options import DEFAULT_CONFIG, ServerOptions
+from stepflow_runtime.server.secrecy import Secrets
 from stepflow_runtime.server.storage import Keeping, Leases, Storage, merged
 from stepflow_runtime.server.store import Store, UnreadableStoreError
 
@@ -252,7 +253,7 @@ def test_what_a_server_prints_of_a_password_is_hidden(url: str, password: str) -
     keeping = Keeping.of({"storageConfig": stores})
     assert password not in repr(keeping)
     hub = LogHub(LogConfig(python_logger=None))
-    hub.hide(keeping.passwords)
+    hub.hide(keeping.secrets)
     line = json.dumps({"message": f"no {url}"}, ensure_ascii=False)
     hub.take("stderr", [f"no {url}".encode(), line.encode()])
     for entry in hub.newest(2):
@@ -263,7 +264,7 @@ def test_what_a_server_prints_of_a_password_is_hidden(url: str, password: str) -
 def test_without_a_password_nothing_is_hidden() -> None:
     url = "postgresql://host:5432/db?application_name=a"
     for store in (SQLITE, {"type": "postgres", "databaseUrl": url}, MEMORY, None):
-        assert Keeping.of({"storageConfig": store}).passwords == frozenset()
+        assert Keeping.of({"storageConfig": store}).secrets == Secrets()
 
 
 def test_a_server_that_recovers_nothing_resumes_nothing() -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 from urllib.parse import urlsplit
 
+from ..private import PRIVATE
 from .entry import LEVELS, LogEntry
 
 __all__ = ["LogConfig", "checked_level", "tells_ends_of_runs"]
@@ -39,6 +40,9 @@ class LogConfig:
     :ivar python_logger: the name of the Python logger, or None for no logger
     :ivar file_path: the file that the lines are appended to, or None. Its directory has to
         exist. It is opened anew when it was moved away (rotated)
+    :ivar file_mode: who may read a new one, and those that take its place when it was
+        rotated, as ``chmod`` has it, but for what the umask takes: nobody else. One that
+        exists keeps its mode
     :ivar otlp_endpoint: the address of an OpenTelemetry collector, ``http://host:port``,
         that the server sends its log records to (gRPC, compressed with zstd), in the place
         of its standard output; what is still printed takes the other ways. Of modules that
@@ -61,6 +65,7 @@ class LogConfig:
     capture: bool = True
     python_logger: str | None = "stepflow.server"
     file_path: str | os.PathLike[str] | None = None
+    file_mode: int = PRIVATE
     otlp_endpoint: str | None = None
     otlp_traces: bool = False
     otlp_metrics: bool = False
@@ -84,6 +89,12 @@ class LogConfig:
             )
             if not (path := os.fspath(self.file_path)) or "\0" in path:
                 raise ValueError(f"log_config.file_path: {path!r} is not a path")
+        _check_kind("file_mode", self.file_mode, int, "a number like 0o640")
+        if self.file_mode & ~0o777 or not self.file_mode & 0o200:
+            raise ValueError(
+                "log_config.file_mode must let the owner write, and be of rights alone, "
+                f"like 0o640, not {self.file_mode:#o}"
+            )
         self._check_otlp()
         _check_kind("keep", self.keep, int, "a whole number")
         if self.keep < 1 or self.keep is True:
@@ -125,6 +136,12 @@ class LogConfig:
             raise ValueError(
                 "log_config.otlp_endpoint cannot have a user name or password: they would "
                 "be sent in clear. Set OTEL_EXPORTER_OTLP_HEADERS in env= instead"
+            )
+        if is_good and set("?#") & set(self.otlp_endpoint):
+            raise ValueError(
+                "log_config.otlp_endpoint cannot have a query (?) or a fragment (#): it is "
+                "shown to everybody who lists processes. Set OTEL_EXPORTER_OTLP_HEADERS in "
+                "env= instead"
             )
         if is_good and parts.scheme == "https":
             raise ValueError(
@@ -169,4 +186,6 @@ def _check_kind(
     name: str, value: object, kind: type | tuple[type, ...], wanted: str
 ) -> None:
     if not isinstance(value, kind):
-        raise TypeError(f"log_config.{name} must be {wanted}, not {value!r}")
+        # Not the value: it may be an address with a password.
+        given = type(value).__name__
+        raise TypeError(f"log_config.{name} must be {wanted}, not {given}")

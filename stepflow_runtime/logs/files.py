@@ -26,14 +26,12 @@ from itertools import accumulate
 from typing import Final, Literal, Protocol
 
 from ..forks import forget_in_child
+from ..private import PRIVATE, check_unplanted
 from .entry import LogEntry
 from .own import report
 from .rendering import as_json, as_text
 
 __all__ = ["LineSink", "LogFile", "ParentStderr"]
-
-# Logs can hold secrets.
-_PRIVATE: Final = 0o600
 
 # Non-blocking: opening a FIFO that nobody reads would take for ever. Files take no notice.
 # What there is not on Windows counts for nothing. Python itself adds O_CLOEXEC.
@@ -85,17 +83,21 @@ class LogFile:
     Before :meth:`open` and after :meth:`close`, lines are dropped.
 
     :param format: what the line is written in that tells of missing ones
+    :param mode: of a new file, but for what the umask takes from it
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], format: Literal["json", "text"] = "json"
+        self,
+        path: str | os.PathLike[str],
+        format: Literal["json", "text"] = "json",
+        mode: int = PRIVATE,
     ) -> None:
         self._path = os.fspath(path)
         self._render = as_json if format == "json" else as_text
         self._fd: int | None = None
         self._identity = (0, 0)
         self._is_file = True
-        self._mode = _PRIVATE
+        self._mode = mode
         # Of a line that was written to its half and could not be taken back, the other.
         self._rest: bytes | None = None
         self._outage = _Outage(f"The log file {self._path!r}")
@@ -104,7 +106,7 @@ class LogFile:
         self._is_closing = False
 
     def open(self) -> None:
-        """Open the file, for its owner alone if there was none.
+        """Open the file; make it if there was none.
 
         :raises OSError: if it cannot be written to
         """
@@ -154,6 +156,7 @@ class LogFile:
         return fd
 
     def _descriptor(self) -> int:
+        check_unplanted(self._path)
         try:
             return os.open(self._path, _APPEND, self._mode)
         except OSError as exc:

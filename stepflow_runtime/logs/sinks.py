@@ -8,14 +8,12 @@ logger, and what it was given is skipped.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import re
 import threading
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Final, cast
+from typing import Final, Protocol, cast
 
 from .config import LogConfig
 from .entry import LogEntry, Stream, check, decode, is_json, told_level
@@ -34,7 +32,15 @@ _NO_FILTER: Final = Filter()
 
 _FIRST_LOOK: Final = 1000
 
-_STARS: Final = b"***"
+
+class Hiding(Protocol):
+    """Knows what is to be hidden; false if that is nothing."""
+
+    def __bool__(self) -> bool: ...
+
+    def starred(self, lines: Sequence[bytes]) -> Sequence[bytes]:
+        """The lines without it."""
+        ...
 
 
 class LogHub:
@@ -51,7 +57,7 @@ class LogHub:
         self._decodes_all = config.redact is not None or (
             is_text and config.capture and self._lines is not None
         )
-        self._hidden: re.Pattern[bytes] | None = None
+        self._starred: Callable[[Sequence[bytes]], Sequence[bytes]] | None = None
         self._is_closed = False
         self._reported: set[str] = set()
         # One batch at a time: there is a pump for each of the server's outputs. A handler
@@ -74,15 +80,9 @@ class LogHub:
             if self._is_closed:  # the start was given up meanwhile
                 self._lines.close()
 
-    def hide(self, passwords: Collection[str]) -> None:
-        """Let stars stand for these from now on, in URLs that are printed."""
-        # In JSON they may look different.
-        in_json = (json.dumps(each, ensure_ascii=False)[1:-1] for each in passwords)
-        longest_first = sorted({*passwords, *in_json}, key=len, reverse=True)
-        words = (re.escape(each.encode(errors="replace")) for each in longest_first)
-        one = b"(?:" + b"|".join(words) + b")"
-        pattern = b"(?<=:)" + one + b"(?=@)|(?<=password=)" + one
-        self._hidden = re.compile(pattern) if passwords else None
+    def hide(self, secrets: Hiding) -> None:
+        """Let stars stand for these from now on, whoever prints them."""
+        self._starred = secrets.starred if secrets else None
 
     def end(self) -> None:
         """Let those who follow come to their end: nothing comes any more."""
@@ -105,8 +105,8 @@ class LogHub:
 
         Returns what else is to be done with them.
         """
-        if (hidden := self._hidden) is not None:
-            lines = [hidden.sub(_STARS, line) for line in lines]
+        if (starred := self._starred) is not None:
+            lines = starred(lines)
         with self._reading:
             kept, levels, sizes = self._read(stream, lines)
             self._ring.add(kept, sizes)
@@ -268,5 +268,5 @@ def _logger_of(config: LogConfig) -> LoggerSink | None:
 
 def _line_sink_of(config: LogConfig) -> LineSink | None:
     if config.file_path is not None:
-        return LogFile(config.file_path, config.format)
+        return LogFile(config.file_path, config.format, config.file_mode)
     return None if config.capture else ParentStderr()

@@ -27,6 +27,7 @@ from typing import Final
 from ..forks import forget_in_child, no_forks
 from ..logs.own import report
 from .guard import MARK
+from .interpreter import find_interpreter
 
 __all__ = ["acquire", "forget", "release"]
 
@@ -190,13 +191,7 @@ class _Keeper:
 
 
 def _check_possible() -> None:
-    # An application of its own (frozen, uwsgi) would take our arguments for its own, too.
-    name = Path(sys.executable or "").name.lower()
-    if (
-        getattr(sys, "frozen", False)
-        or "py" not in name
-        or not os.access(sys.executable, os.X_OK)
-    ):
+    if find_interpreter() is None:
         raise _NoGuardError(
             f"no Python interpreter is there to run it, but {sys.executable!r}"
         )

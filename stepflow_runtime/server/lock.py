@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from ..forks import forget_in_child
+from ..private import PRIVATE
 
 __all__ = ["StoreLock", "StoreLockedError"]
 
@@ -102,7 +103,7 @@ class StoreLock:
                 os.close(fd)
 
     def _try(self) -> bool:
-        fd = os.open(self._path, _FLAGS, 0o600)
+        fd = os.open(self._path, _FLAGS, PRIVATE)
         try:
             if not (_lock(fd, shared=self._shared) and self._is_at(fd)):
                 os.close(fd)

@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, get_args
 from ..bounded import read_file
 from ..errors import ServerStartError
 from ..logs.config import LogConfig
+from ..private import check_unplanted
 from .port import HeldPort
 from .restart import RestartPolicy
+from .secrecy import Secrets
 from .storage import Keeping, Storage, check_lease, merged
 
 if TYPE_CHECKING:
@@ -45,6 +47,16 @@ _DEFAULT_LOG_CONFIG: Final = LogConfig()
 # Levels at which the libraries that send log records log each sending, which is sent
 # again: 30,000 records a second at trace, from a server that does nothing.
 _CHATTY: Final = ("trace", "debug")
+
+# What programs need to find others, their files and their language, wherever they come
+# from. SYSTEMROOT and those after it are of Windows, where no socket opens without it.
+_MINIMAL: Final = frozenset(
+    {
+        *("PATH", "HOME", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR"),
+        *("SYSTEMROOT", "SYSTEMDRIVE", "COMSPEC", "PATHEXT", "TEMP", "TMP"),
+        *("USERPROFILE", "APPDATA", "LOCALAPPDATA"),
+    }
+)
 
 _LOOPBACK_HOSTS: Final = ("127.0.0.1", "localhost", "::1")
 _PROXY_VARIABLES: Final = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy")
@@ -77,7 +89,7 @@ class StartOptions(TypedDict, total=False):
 
     port: int | None
     exposure: Exposure
-    env: Mapping[str, str] | None
+    env: Mapping[str, str | None] | None
     inherit_env: bool
     log_config: LogConfig | None
     restart_policy: RestartPolicy
@@ -111,7 +123,7 @@ class ServerOptions:
     )
     port: int | None = None
     exposure: Exposure = "loopback"
-    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    env: Mapping[str, str | None] = field(default_factory=dict, repr=False)
     inherit_env: bool = True
     log_config: LogConfig = field(default_factory=LogConfig)
     restart_policy: RestartPolicy = RestartPolicy.NEVER
@@ -125,7 +137,7 @@ class ServerOptions:
     recycle_above_memory: int | None = None
     # A database's URL can hold a password.
     storage: str | os.PathLike[str] | None = field(default=None, repr=False)
-    lease: Sequence[str] | None = None
+    lease: Sequence[str] | None = field(default=None, repr=False)
     orchestrator_id: str | None = None
     on_crash: Callable[[int], Any] | None = None
     handle_signals: bool = True
@@ -187,8 +199,7 @@ class ServerOptions:
         """
         options = self
         if self.storage is not None and self._given_storage().path is not None:
-            path = Path(os.path.realpath(self.storage))
-            options = replace(options, storage=path)
+            options = replace(options, storage=self._followed(self.storage))
         if self.config_path is None or isinstance(self.config_path, Mapping):
             return options
         options = replace(options, config_path=Path(self.config_path).absolute())
@@ -212,10 +223,10 @@ class ServerOptions:
 
     def wanted_port(self) -> int | None:
         """The port that the server is to have; 0 for any. None: only it knows."""
-        if not self._is_set("PORT"):
+        if (given := self._given("PORT")) is None:
             return self.port or 0
         try:
-            return int(self.env[_PREFIX + "PORT"])
+            return int(given)
         except ValueError:
             return None  # it will say that this is no port
 
@@ -237,9 +248,12 @@ class ServerOptions:
 
     def owner(self) -> str | None:
         """The server's id, as far as the user has chosen it."""
-        if self._is_set("ORCHESTRATOR_ID"):
-            return self.env[_PREFIX + "ORCHESTRATOR_ID"]
-        return self.orchestrator_id
+        given = self._given("ORCHESTRATOR_ID")
+        return self.orchestrator_id if given is None else given
+
+    def secrets(self) -> Secrets:
+        """What of ``env=`` is to be hidden where the server, or a worker, prints it."""
+        return Secrets.of(self.env)
 
     def describe_storage(self) -> str:
         """Where runs are kept, for messages: without the credentials of a URL."""
@@ -315,8 +329,11 @@ class ServerOptions:
         return ("--config", str(self.config_path))
 
     def _is_set(self, name: str) -> bool:
-        """True if ``env=`` sets a flag's variable and no option says otherwise."""
-        return _PREFIX + name in self.env and name not in self._chosen()
+        return self._given(name) is not None
+
+    def _given(self, name: str) -> str | None:
+        """A flag's variable, if ``env=`` sets it and no option says otherwise."""
+        return None if name in self._chosen() else self.env.get(_PREFIX + name)
 
     def _chosen(self) -> set[str]:
         """The flags whose options are not at their defaults.
@@ -338,18 +355,25 @@ class ServerOptions:
         return {name for name, is_chosen in chosen.items() if is_chosen}
 
     def _environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
-        env: dict[str, str] = {}
-        if self.inherit_env:
-            # Every flag of the server also reads STEPFLOW_<FLAG>, and workers read more of
-            # them: what stands there by accident must not steer this server.
-            env.update(
-                (name, value)
-                for name, value in inherited.items()
-                if not name.upper().startswith(_PREFIX)
-            )
-            _except_loopback_from_proxies(env)
-        env.update(self.env)
+        env = {
+            name: value
+            for name, value in inherited.items()
+            if self._is_handed_down(name)
+        }
+        _except_loopback_from_proxies(env)
+        given = {_same(name) for name in self.env}
+        env = {name: value for name, value in env.items() if _same(name) not in given}
+        env.update(
+            (name, value) for name, value in self.env.items() if value is not None
+        )
         return env
+
+    def _is_handed_down(self, name: str) -> bool:
+        if not self.inherit_env:
+            return _same(name) in _MINIMAL
+        # Every flag of the server also reads STEPFLOW_<FLAG>, and workers read more of
+        # them: what stands there by accident must not steer this server.
+        return not name.upper().startswith(_PREFIX)
 
     def _check_storage(self) -> None:
         if self.storage is not None:
@@ -365,6 +389,13 @@ class ServerOptions:
 
     def _given_storage(self) -> Storage:
         return Storage.of(self.storage)
+
+    def _followed(self, storage: str | os.PathLike[str]) -> Path:
+        try:
+            check_unplanted(storage)
+        except PermissionError as exc:
+            raise ServerStartError(f"storage: {storage} cannot be used: {exc}") from exc
+        return Path(os.path.realpath(storage))
 
     def _check_config(self) -> None:
         config = DEFAULT_CONFIG if self.config_path is None else self.config_path
@@ -424,6 +455,11 @@ class ServerOptions:
         object.__setattr__(self, "_config_stdin", encoded)
 
 
+def _same(name: str) -> str:
+    """What is equal for two names of one variable: Windows takes no notice of case."""
+    return name.upper() if os.name == "nt" else name
+
+
 def _except_loopback_from_proxies(env: dict[str, str]) -> None:
     """Keep the workers' calls to our server from going through a proxy.
 
@@ -441,13 +477,15 @@ def _check_env(env: object) -> None:
     if not isinstance(env, Mapping):
         raise TypeError(f"env must be a mapping of strings, not {type(env).__name__}")
     for name, value in env.items():
-        if not (isinstance(name, str) and isinstance(value, str)):
-            raise TypeError(f"env must map strings to strings; {name!r} does not")
-        if not name or "=" in name or "\0" in name or "\0" in value:
+        if not (isinstance(name, str) and isinstance(value, str | None)):
+            raise TypeError(
+                f"env must map strings to strings, or to None; {name!r} does not"
+            )
+        if not name or "=" in name or "\0" in name or "\0" in (value or ""):
             # The value is not shown: it may be a secret.
             raise ValueError(f"env: {name!r} cannot be set in an environment")
         try:
-            os.fsencode(name + value)
+            os.fsencode(name + (value or ""))
         except UnicodeEncodeError:
             raise ValueError(f"env: {name!a} is not valid Unicode") from None
 

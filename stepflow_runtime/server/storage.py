@@ -8,7 +8,6 @@ repr and no message.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any, Final, Self
 from urllib.parse import quote, unquote, urlsplit
 
 import msgspec
+
+from .secrecy import Secrets
 
 __all__ = ["Keeping", "Leases", "Storage", "check_lease", "merged"]
 
@@ -135,7 +136,9 @@ def check_lease(endpoints: object) -> None:
         raise ValueError("lease: at least one etcd endpoint is needed")
     for index, endpoint in enumerate(endpoints):
         if not isinstance(endpoint, str):
-            raise TypeError(f"lease[{index}] must be a URL, not {endpoint!r}")
+            raise TypeError(
+                f"lease[{index}] must be a string, not {type(endpoint).__name__}"
+            )
         if not _is_endpoint(endpoint):
             raise ValueError(
                 f'lease[{index}] must be a URL like "http://127.0.0.1:2379" (the server '
@@ -145,6 +148,10 @@ def check_lease(endpoints: object) -> None:
         if parts.username is not None or parts.password is not None:
             raise ValueError(
                 f"lease[{index}]: the server sends no user or password to etcd"
+            )
+        if parts.query or parts.fragment:
+            raise ValueError(
+                f"lease[{index}]: an endpoint has neither a query (?) nor a fragment (#)"
             )
 
 
@@ -257,7 +264,8 @@ class Keeping:
     :ivar path: the sqlite file in which the runs are, if they are in one
     :ivar leases: by what other servers may use the store at the same time; None: not at all
     :ivar is_relative: whether it is a matter of the server's working directory where
-    :ivar passwords: those in URLs of databases, which the server may print
+    :ivar secrets: what the configuration has of them, which the server may print
+    :ivar made: the sqlite files that the server would make, for all to read
     :ivar claims: whether it takes other servers' runs over, alive or not, where no leases say
     """
 
@@ -266,7 +274,8 @@ class Keeping:
     path: Path | None = None
     leases: Leases | None = None
     is_relative: bool = False
-    passwords: frozenset[str] = field(default=frozenset(), repr=False)
+    secrets: Secrets = field(default_factory=Secrets)
+    made: tuple[Path, ...] = ()
     claims: bool = True
 
     @classmethod
@@ -282,7 +291,8 @@ class Keeping:
             path=journal if journal == _sqlite_path(stores[0]) else None,
             leases=Leases.of(config),
             is_relative=any(map(_is_relative, stores)),
-            passwords=frozenset[str]().union(*map(_passwords, stores)),
+            secrets=Secrets.of(config),
+            made=tuple(dict.fromkeys(filter(None, map(_made_by_server, stores)))),
             claims=_claims(config.get("recovery")),
         )
 
@@ -332,29 +342,20 @@ def _sqlite_path(store: object) -> Path | None:
     return Path(unquote(path)) if path else None
 
 
+def _made_by_server(store: object) -> Path | None:
+    path = _sqlite_path(store)
+    if path is None or not isinstance(store, Mapping):
+        return None
+    query = str(store["databaseUrl"]).partition("?")[2]
+    return path if "mode=rwc" in query.split("&") else None
+
+
 def _is_relative(store: object) -> bool:
     if isinstance(store, Mapping) and store.get("type") == "filesystem":
         directory = store.get("directory")
         return isinstance(directory, str) and not Path(directory).is_absolute()
     path = _sqlite_path(store)
     return path is not None and not path.is_absolute()
-
-
-def _passwords(store: object) -> frozenset[str]:
-    """What of a store's URL is nobody's to read.
-
-    The server prints the URL when it cannot connect, and that is when it is not as it
-    should be: an ``@`` or ``/`` in a password, which are to be quoted there.
-    """
-    url = store.get("databaseUrl") if isinstance(store, Mapping) else None
-    if not isinstance(url, str):
-        return frozenset()
-    rest = url.partition("://")[2]
-    proper = re.split("[/?#]", rest)[0].rpartition("@")[0]
-    named = (proper, rest.rpartition("@")[0], rest[: max(rest.find("@"), 0)])
-    passwords = (credentials.partition(":")[2] for credentials in named)
-    queried = re.findall("[?&]password=([^&#]+)", url)
-    return frozenset([*filter(None, passwords), *queried])
 
 
 def _claims(recovery: object) -> bool:

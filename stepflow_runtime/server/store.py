@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from ..errors import ServerStartError
 from ..logs.own import report
+from ..private import check_unplanted, create_private
 from .lock import StoreLock, StoreLockedError
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ __all__ = ["SUBMIT", "Store", "UnreadableStoreError"]
 # The variable that marks a submit. The server keeps a run's variables in its journal, and
 # shows them to nobody but workflows that ask for one by its name.
 SUBMIT: Final = "stepflow_runtime_submit"
+
+# What stands beside a store, and is used if it is there.
+_ENDS: Final = ("", "-wal", "-shm", "-journal", "-lock")
 
 # A Python that was killed is noticed by its guard, which ends the server, in 0.2 s; on a
 # busy machine in more.
@@ -104,6 +108,7 @@ class Store:
         :return: the name, or else that of who has the unfinished runs; None if nobody has
         :raises ServerStartError: if it is somebody else's, or no file can be there
         """
+        _check_place(path)
         path = Path(os.path.realpath(path))
         with self._guard:
             if self._is_unwanted.is_set():  # the start was given up
@@ -180,6 +185,18 @@ class Store:
         return lock
 
 
+def _check_place(path: Path) -> None:
+    """Refuse a store that a stranger has prepared, or may have a part of. Blocks.
+
+    :raises ServerStartError: if it is one
+    """
+    try:
+        for end in _ENDS:
+            check_unplanted(f"{path}{end}")
+    except PermissionError as exc:
+        raise ServerStartError(f"storage: {path} cannot be used: {exc}") from exc
+
+
 def _in_use(path: Path, holder: int | None) -> str:
     if holder == os.getpid():
         who = "another runtime of this process"
@@ -193,14 +210,9 @@ def _in_use(path: Path, holder: int | None) -> str:
 
 
 def _create(path: Path) -> None:
-    """Make an empty one that is nobody else's to read: runs have secrets in them.
-
-    One that is there is not even opened: to close it again would undo the locks of sqlite
-    that this process has on it, by a connection of the program's own.
-    """
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
+    """Make an empty one that is nobody else's to read: runs have secrets in them."""
     try:
-        os.close(os.open(path, flags, 0o600))
+        create_private(path)
     except FileExistsError:
         if path.is_dir():
             raise IsADirectoryError(

@@ -40,6 +40,7 @@ from ..groups import quiet_task_group
 from ..logs.own import report
 from ..logs.sinks import LogHub
 from ..loops import current_loop, has_ended
+from ..private import create_private
 from ..threads import run_abandonable, run_blocking
 from ..traffic import FREE, FreeTraffic, Traffic
 from . import keeper, restart
@@ -476,7 +477,7 @@ class Supervisor:
                 self._port.take(port)
             self._guard.engage()
             self.keeping = keeping = options.keeping()
-            self.logs.hide(keeping.passwords)
+            self.logs.hide(keeping.secrets | options.secrets())
             if keeping.is_relative:
                 # A server that is restarted must find what its predecessor has kept.
                 self._directory = os.getcwd()
@@ -533,6 +534,10 @@ class Supervisor:
                 create=is_asked_for,
                 binary=binary,
             )
+        for file in keeping.made:
+            # The server would make them for all to read. If it cannot, it says so.
+            with suppress(OSError):
+                create_private(file)
         if name is not None:
             return name
         is_own = path is None or is_shared

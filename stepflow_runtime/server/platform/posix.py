@@ -23,6 +23,7 @@ from typing import IO, Final
 
 from ...forks import forget_in_child
 from ..options import Command
+from .launching import popen
 
 assert sys.platform != "win32"
 
@@ -197,7 +198,7 @@ def start(binary: Path, command: Command, stdin: int) -> subprocess.Popen[bytes]
     """
     blocked = signal.pthread_sigmask(signal.SIG_SETMASK, ())
     try:
-        return subprocess.Popen(
+        return popen(
             [str(binary), *command.argv],
             stdin=stdin,
             stdout=subprocess.PIPE,
