@@ -791,11 +791,11 @@ class ApiExecutor(ABC):
                 headers={"accept": "application/octet-stream"},
                 repeatable=True,
             )
-            if response.status >= 300:
-                raise refusal(response, "GET", path, {"blob_id": blob_id})
-            if found.blob_type == "binary":
+            if found.blob_type == "binary" and response.status < 300:
                 return response.body
-            return msgspec.json.decode(response.body)
+            return await self.__decoded(
+                msgspec.json.decode, response, "GET", path, {"blob_id": blob_id}
+            )
 
     async def health(self) -> Health:
         """Ask the server how it is.
@@ -1114,7 +1114,7 @@ class ApiExecutor(ABC):
             if mark is not None:
                 await self.__cancel_marked(mark)
             return
-        with suppress(msgspec.DecodeError, UnicodeDecodeError):
+        with suppress(*wire.NOT_UNDERSTOOD):
             summary = wire.decode_run(response.body).summary
             if response.status >= 300:
                 return
@@ -1286,7 +1286,7 @@ class ApiExecutor(ABC):
             raise refusal(response, method, path, about)
         try:
             return decode(response.body)
-        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        except wire.NOT_UNDERSTOOD as exc:
             reason = exc
         await self.__refuse_version(response, str(reason), about)
 
@@ -1307,7 +1307,7 @@ class ApiExecutor(ABC):
         try:
             response = await self._request("GET", wire.HEALTH, repeatable=True)
             version = wire.health(wire.decode_health(response.body)).version
-        except (StepflowError, msgspec.DecodeError, UnicodeDecodeError):
+        except (StepflowError, *wire.NOT_UNDERSTOOD):
             return "It does not tell its version either"
         return f"It says that its version is {version or 'none'}"
 

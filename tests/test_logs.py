@@ -931,6 +931,7 @@ class Slow:
 
     def __init__(self, done: list[bytes], lines: Sequence[bytes], free: Any) -> None:
         self._done, self._lines, self._free = done, [*lines], free
+        self.weight = sum(map(len, lines))
 
     def work(self, until: float) -> bool:
         if not self._free.wait(10 if until == math.inf else 0.01):
