@@ -243,7 +243,7 @@ class Pump:
         try:
             return hear(line)
         except BaseException as exc:  # noqa: BLE001 - whatever it is, the pipe fills up
-            self._report(exc)
+            self._report(exc, "a line could not be looked at")
             return False
 
     @property
@@ -267,10 +267,10 @@ class Pump:
                 self._waiting += chore.weight
         self._is_working = False
 
-    def _report(self, exc: BaseException) -> None:
+    def _report(self, exc: BaseException, trouble: str = "log lines were lost") -> None:
         if not self._has_reported:
             self._has_reported = True
-            report(logging.ERROR, "log lines were lost", exc=exc)
+            report(logging.ERROR, trouble, exc=exc)
 
 
 class LineCutter:

@@ -286,12 +286,12 @@ def fuzz_payloads(data: bytes) -> None:
 
 
 async def _call(data: bytes, rng: random.Random) -> None:
-    status = rng.choice((200, 200, 200, 201, 400, 404, 500))
-    for call in rng.sample(CALLS, 4):
-        try:
-            await call(_Answered(data, status))
-        except StepflowError as exc:
-            str(exc)
+    for status in (200, rng.choice((201, 400, 404, 500))):
+        for call in CALLS:
+            try:
+                await call(_Answered(data, status))
+            except StepflowError as exc:
+                str(exc)
 
 
 # -- logs ------------------------------------------------------------------------------
