@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, TypeVar
+from unittest.mock import patch
 
 import anyio
 
-from stepflow_runtime import ConnectionLostError, FlowId, LogConfig, LogEntry
+from stepflow_runtime import ConnectionLostError, FlowId, LogConfig, LogEntry, api
 from stepflow_runtime.api import ApiExecutor
 from stepflow_runtime.crew import Crew
 from stepflow_runtime.errors import StepflowError
@@ -232,7 +233,7 @@ class _Answered(ApiExecutor):
     def __init__(self, body: bytes, status: int) -> None:
         super().__init__(Crew())
         self._response = Response(status, "application/json", body)
-        self._left = 5
+        self._left = 3
 
     async def _request(self, *args: Any, **options: Any) -> Response:
         if not self._left:
@@ -282,7 +283,8 @@ CALLS: Final[Sequence[Callable[[ApiExecutor], Awaitable[object]]]] = (
 
 def fuzz_payloads(data: bytes) -> None:
     """The body of the answer to each call: it brings a value, or an error of ours."""
-    run_in_loop(_call, chance(data), data)
+    with patch.object(api, "_STILL_RUNNING_PAUSE", 0.0):
+        run_in_loop(_call, chance(data), data)
 
 
 async def _call(data: bytes, rng: random.Random) -> None:
