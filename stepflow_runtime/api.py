@@ -119,6 +119,10 @@ _FILE_THREADS: Final = 4
 # not make us grow with it; forgetting one costs two requests.
 _REMEMBERED_FLOWS: Final = 1000
 
+# Of a batch that is not over, or was given up, there may be no results: so many are made
+# up. What a server tells beyond that is no count.
+_MOST_WITHOUT_RESULT: Final = 10_000_000
+
 _RUNS: Final = f"{wire.API}/runs"
 
 # How often a flow is stored for one run, where servers forget it.
@@ -436,13 +440,21 @@ class ApiExecutor(ABC):
                     return wire.run_info(summary), []
                 found = await self.__items(summary, generation)
                 items = {each.item_index: each for each in found}
+                count = max(summary.items.total, len(items))
+                if count - len(items) > _MOST_WITHOUT_RESULT:
+                    raise UnsupportedServerError(
+                        f"the server tells of {count} items of run {batch_id}, and of the "
+                        f"results of {len(items)}",
+                        status=200,
+                        run_id=batch_id,
+                    )
             results = [
                 wire.flow_result(summary, items.get(index))
                 if index in items
                 else msgspec.structs.replace(
                     wire.flow_result(summary, None), item_index=index
                 )
-                for index in range(max(summary.items.total, len(items)))
+                for index in range(count)
             ]
             results = await self.__with_reasons(results, details)
             if summary.has_ended:
@@ -1166,15 +1178,17 @@ class ApiExecutor(ABC):
         self, results: list[FlowResult], details: wire.RunDetails | None = None
     ) -> list[FlowResult]:
         """The results, those that failed with what the server knows of the reasons."""
-        failed = [each for each in results if each.is_failed]
-        if not failed:
+        places = [place for place, each in enumerate(results) if each.is_failed]
+        if not places:
             return results
+        failed = [results[place] for place in places]
         # That they failed is known all the same.
         with suppress(StepflowError), anyio.move_on_after(_REASON_PATIENCE):
             if details is None:
                 details, _ = await self.__details(failed[0].run_id)
-            for explained in await self.__explained(failed, details):
-                results[explained.item_index] = explained
+            explained = await self.__explained(failed, details)
+            for place, result in zip(places, explained, strict=True):
+                results[place] = result
         return results
 
     async def __explained(

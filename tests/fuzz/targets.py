@@ -294,6 +294,8 @@ async def _call(data: bytes, rng: random.Random) -> None:
                 await call(_Answered(data, status))
             except StepflowError as exc:
                 str(exc)
+            except ValueError as exc:
+                assert "get_batch() has their results" in str(exc)
 
 
 # -- logs ------------------------------------------------------------------------------
