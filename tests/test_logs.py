@@ -346,6 +346,19 @@ def test_the_ring_counts_what_entries_take() -> None:
     assert 0 < kept < 2 * MAX_KEPT
 
 
+def test_what_waits_weighs_what_it_takes(tmp_path: Any) -> None:
+    hub = hub_of(file_path=tmp_path / "log")
+    for lines in ([b""] * 100_000, [line(padding=[[]] * 100_000)]):
+        tracemalloc.start()
+        try:
+            batch = hub.take("stderr", lines)
+            taken, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert batch is not None
+        assert taken / 2 < batch.weight
+
+
 def test_what_is_wanted_is_picked() -> None:
     hub = hub_of()
     for number, level in enumerate(["ERROR", "INFO", "WARN", "DEBUG", "ERROR"]):

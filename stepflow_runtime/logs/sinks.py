@@ -36,6 +36,9 @@ _FIRST_LOOK: Final = 1000
 
 _STARS: Final = b"***"
 
+# What an entry takes beyond the bytes of its line.
+_ENTRY: Final = 256
+
 # What a value of ``extra`` takes beyond its bytes: ``[[],[],[]]`` takes 20 times as much.
 _VALUE: Final = 64
 _BEFORE_VALUES: Final = (b",", b"[", b"{")
@@ -117,7 +120,9 @@ class LogHub:
             self._ring.add(kept, sizes)
         if self._logger is None and self._lines is None:
             return None
-        return _Batch(partial(self._pass_on, lines, kept, levels), sum(sizes))
+        # Empty lines weigh something, too, while they wait.
+        weight = sum(sizes) + (0 if kept is lines else _ENTRY * len(kept))
+        return _Batch(partial(self._pass_on, lines, kept, levels), weight)
 
     def _pass_on(
         self,
