@@ -119,6 +119,10 @@ _FILE_THREADS: Final = 4
 # not make us grow with it; forgetting one costs two requests.
 _REMEMBERED_FLOWS: Final = 1000
 
+# Of a batch that is not over, or was given up, there may be no results: so many are made
+# up. What a server tells beyond that is no count.
+_MOST_WITHOUT_RESULT: Final = 10_000_000
+
 _RUNS: Final = f"{wire.API}/runs"
 
 # How often a flow is stored for one run, where servers forget it.
@@ -436,13 +440,21 @@ class ApiExecutor(ABC):
                     return wire.run_info(summary), []
                 found = await self.__items(summary, generation)
                 items = {each.item_index: each for each in found}
+                count = max(summary.items.total, len(items))
+                if count - len(items) > _MOST_WITHOUT_RESULT:
+                    raise UnsupportedServerError(
+                        f"the server tells of {count} items of run {batch_id}, and of the "
+                        f"results of {len(items)}",
+                        status=200,
+                        run_id=batch_id,
+                    )
             results = [
                 wire.flow_result(summary, items.get(index))
                 if index in items
                 else msgspec.structs.replace(
                     wire.flow_result(summary, None), item_index=index
                 )
-                for index in range(max(summary.items.total, len(items)))
+                for index in range(count)
             ]
             results = await self.__with_reasons(results, details)
             if summary.has_ended:
@@ -791,11 +803,11 @@ class ApiExecutor(ABC):
                 headers={"accept": "application/octet-stream"},
                 repeatable=True,
             )
-            if response.status >= 300:
-                raise refusal(response, "GET", path, {"blob_id": blob_id})
-            if found.blob_type == "binary":
+            if found.blob_type == "binary" and response.status < 300:
                 return response.body
-            return msgspec.json.decode(response.body)
+            return await self.__decoded(
+                msgspec.json.decode, response, "GET", path, {"blob_id": blob_id}
+            )
 
     async def health(self) -> Health:
         """Ask the server how it is.
@@ -1114,7 +1126,7 @@ class ApiExecutor(ABC):
             if mark is not None:
                 await self.__cancel_marked(mark)
             return
-        with suppress(msgspec.DecodeError, UnicodeDecodeError):
+        with suppress(*wire.NOT_UNDERSTOOD):
             summary = wire.decode_run(response.body).summary
             if response.status >= 300:
                 return
@@ -1166,15 +1178,17 @@ class ApiExecutor(ABC):
         self, results: list[FlowResult], details: wire.RunDetails | None = None
     ) -> list[FlowResult]:
         """The results, those that failed with what the server knows of the reasons."""
-        failed = [each for each in results if each.is_failed]
-        if not failed:
+        places = [place for place, each in enumerate(results) if each.is_failed]
+        if not places:
             return results
+        failed = [results[place] for place in places]
         # That they failed is known all the same.
         with suppress(StepflowError), anyio.move_on_after(_REASON_PATIENCE):
             if details is None:
                 details, _ = await self.__details(failed[0].run_id)
-            for explained in await self.__explained(failed, details):
-                results[explained.item_index] = explained
+            explained = await self.__explained(failed, details)
+            for place, result in zip(places, explained, strict=True):
+                results[place] = result
         return results
 
     async def __explained(
@@ -1286,7 +1300,7 @@ class ApiExecutor(ABC):
             raise refusal(response, method, path, about)
         try:
             return decode(response.body)
-        except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        except wire.NOT_UNDERSTOOD as exc:
             reason = exc
         await self.__refuse_version(response, str(reason), about)
 
@@ -1307,7 +1321,7 @@ class ApiExecutor(ABC):
         try:
             response = await self._request("GET", wire.HEALTH, repeatable=True)
             version = wire.health(wire.decode_health(response.body)).version
-        except (StepflowError, msgspec.DecodeError, UnicodeDecodeError):
+        except (StepflowError, *wire.NOT_UNDERSTOOD):
             return "It does not tell its version either"
         return f"It says that its version is {version or 'none'}"
 

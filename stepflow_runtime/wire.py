@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
+from math import isinf
 from typing import Any, Final
 from urllib.parse import urlencode
 
@@ -46,6 +47,7 @@ from .executor import (
 __all__ = [
     "API",
     "HEALTH",
+    "NOT_UNDERSTOOD",
     "NO_REASON",
     "SUPPORTED",
     "ApiFault",
@@ -93,6 +95,9 @@ API: Final = "/api/v1"
 HEALTH: Final = f"{API}/health"
 
 encode: Final = msgspec.json.Encoder().encode
+
+# What decoding raises: it counts the levels of what is nested, and does not look at all texts.
+NOT_UNDERSTOOD: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 _ERROR_CODES = (
     "UNSPECIFIED",
@@ -328,10 +333,14 @@ def _number(literal: str) -> int | float:
 
     Every number comes back with a fraction (``3`` as ``3.0``). Within 2**53 a float
     names one integer exactly; beyond it, and for the negative zero, it stays a float.
+
+    :raises ValueError: if it is beyond all floats, which is an error elsewhere, too
     """
     value = float(literal)
     if value.is_integer() and abs(value) <= _EXACT_INTEGERS:
         return int(value) if value or literal[0] != "-" else value
+    if isinf(value):
+        raise ValueError("Number out of range")
     return value
 
 
@@ -419,7 +428,7 @@ def fault_of(body: bytes) -> ApiFault:
     """The server's error, or an ``ApiFault`` that carries the plain text it sent."""
     try:
         return _decode_fault(body).error
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except NOT_UNDERSTOOD:
         return ApiFault(message=body.decode(errors="replace").strip())
 
 
@@ -533,7 +542,7 @@ def outdated_version(body: bytes) -> str | None:
     """What a server before 0.12 says that its version is; later ones tell a commit."""
     try:
         return decode_health(body).version
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except NOT_UNDERSTOOD:
         return None
 
 
@@ -567,12 +576,13 @@ def event(found: _Event) -> RunEvent:
     if (known := _EVENTS.get(kind)) is not None:
         names = _EVENT_FIELDS[known].items()
         fields = {name: data[camel] for name, camel in names if camel in data}
-        with suppress(msgspec.ValidationError):
+        with suppress(msgspec.ValidationError, RecursionError):
             return msgspec.convert({**fields, **common}, known)
+    run_id = data.get("runId")
     return UnknownEvent(
         sequence_number=found.sequence_number,
         timestamp=found.timestamp,
-        run_id=str(data.get("runId", "")),
+        run_id=run_id if isinstance(run_id, str) else "",
         kind=kind,
         data=data,
     )

@@ -281,6 +281,10 @@ async def test_refusals_of_every_form_have_words(answer: Response, words: str) -
         Response(200, "application/json", b'{"runId":"r","status":"completed"}'),
         Response(200, "application/json", b'{"summary":{"runId":"r","status":"done"}}'),
         Response(200, "application/json", b"\xff"),
+        Response(200, "application/json", b"[" * 100_000 + b"]" * 100_000),
+        Response(
+            200, "application/json", b'{"summary":{"runId":"r"},"x":' + b"[" * 9999
+        ),
         Response(204, "", b""),
     ],
 )
@@ -292,6 +296,21 @@ async def test_an_answer_of_another_shape_names_what_was_found(
         await executor.get_run("r")
     with pytest.raises(UnsupportedServerError, match="does not tell its version"):
         await Scripted(answer, Response(200, "", b"")).get_run("r")
+
+
+async def test_a_number_beyond_all_floats_is_no_output() -> None:
+    for number in (b"1e999", b"-1e999", b"9" * 400 + b".0"):
+        results = b'"results":[{"status":2,"output":%s}]' % number
+        answer = b'{"summary":{"runId":"r","status":2},%s}' % results
+        with pytest.raises(UnsupportedServerError, match="Number out of range"):
+            await Scripted(answer, HEALTHY).run(FlowId("0" * 64))
+
+
+async def test_a_blob_whose_bytes_are_no_json_is_refused() -> None:
+    first = b'{"blobType":"data","data":9007199254740993}'
+    for second in (b"9007199254740993 x", b"\xff", b"[" * 9999, b""):
+        with pytest.raises(UnsupportedServerError, match="not of the shape"):
+            await Scripted(first, second, HEALTHY).get_blob("b")
 
 
 async def test_results_that_are_gone_are_not_made_up() -> None:

@@ -82,10 +82,11 @@ class Server:
         self.status = RunStatus.RUNNING
         self.looks = 0
         self.last: int | None = None
+        self.number_of = number_of
 
     async def connect(self, since: int) -> Stream:
         self.asked.append(since)
-        rest = [each for each in self.lines if number_of(each) >= since]
+        rest = [each for each in self.lines if self.number_of(each) >= since]
         parts: list[bytes | object] = list(rest)
         if self.lasting:
             parts = [*rest[: self.lasting.pop(0)], BREAK]
@@ -155,6 +156,28 @@ async def test_equal_events_of_one_number_are_as_many_as_there_are() -> None:
     for lasting in range(5):
         events = await all_of(Server(lines, lasting).follow())
         assert len(events) == 4
+
+
+@pytest.mark.parametrize("more", [b'"x":"\xff",', b'"x":1e999,', b"%b" % (b" " * 2000)])
+async def test_events_are_known_again_whatever_is_in_them(more: bytes) -> None:
+    lines = [each.replace(b"{", b"{" + more, 1) for each in journal(2, twins=(1,))]
+    for lasting in range(5):
+        server = Server(lines, lasting)
+        server.number_of = lambda text: number_of(text.replace(more, b""))
+        events = await all_of(server.follow())
+        assert names(events) == ["s0", "s1", "twin1", "RunCompleted"]
+
+
+async def test_what_is_kept_of_events_of_one_number_has_an_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(following_module, "_MOST_SHARING", 100)
+    follower = Server([line(1, "StepStarted", stepId="x" * 9000)] * 101).follow()
+    for _ in range(100):
+        await follower.__anext__()
+    assert sum(map(len, follower._seen_of_last)) < 10_000
+    with pytest.raises(UnsupportedServerError, match="more than 100 events"):
+        await follower.__anext__()
 
 
 async def test_a_stream_that_ends_before_the_run_is_asked_for_again() -> None:

@@ -299,6 +299,13 @@ def test_text_has_nothing_that_a_terminal_obeys() -> None:
     assert text.endswith(b" step_id=c\\nd")
 
 
+def test_no_line_of_a_message_passes_for_another_entry() -> None:
+    made = entry("one\n2026-11-24T00:00:00Z forged\n\x1b[0m2026-11-24 too\n2026")
+    first, *others = as_text(made).split(b"\n")
+    assert first.endswith(b" one")
+    assert others == [b" 2026-11-24T00:00:00Z forged", b" 2026-11-24 too", b"2026"]
+
+
 @given(any_entries)
 def test_no_entry_makes_text_that_a_terminal_obeys(made: LogEntry) -> None:
     text = as_text(made).decode()

@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -329,6 +330,33 @@ def test_the_ring_is_bounded_in_bytes_too(is_json: bool) -> None:
     for _ in range(40):
         feed(hub, "stdout", [long])
     assert len(hub.newest(100)) == MAX_KEPT // len(long)
+
+
+def test_the_ring_counts_what_entries_take() -> None:
+    """What ``extra`` holds takes 20 times as much memory as in the line."""
+    hub = hub_of()
+    long = line(padding=[[]] * (MAX_LINE // 4))
+    tracemalloc.start()
+    try:
+        for _ in range(10):
+            feed(hub, "stderr", [long])
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert 0 < kept < 2 * MAX_KEPT
+
+
+def test_what_waits_weighs_what_it_takes(tmp_path: Any) -> None:
+    hub = hub_of(file_path=tmp_path / "log")
+    for lines in ([b""] * 100_000, [line(padding=[[]] * 100_000)]):
+        tracemalloc.start()
+        try:
+            batch = hub.take("stderr", lines)
+            taken, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert batch is not None
+        assert taken / 2 < batch.weight
 
 
 def test_what_is_wanted_is_picked() -> None:
@@ -679,11 +707,15 @@ def test_a_line_that_only_looks_like_the_servers_is_json_in_the_file(
     hub = hub_of(file_path=tmp_path / "log")
     hub.open()
     broken = line()[:-1] + b'"\x07}'
-    feed(hub, "stdout", [broken, line()])
+    control = line(message="?2J").replace(b"?", b"\xc2\x9b")
+    feed(hub, "stdout", [broken, line(), control, control.replace(b"\xc2", b"")])
     hub.close()
-    first, second = (tmp_path / "log").read_bytes().splitlines()
+    first, second, third, fourth = (tmp_path / "log").read_bytes().split(b"\n")[:-1]
     assert json.loads(first)["message"] == broken.decode()
     assert second == line()
+    assert b"\\u009b2J" in third
+    assert json.loads(third) == json.loads(control)
+    assert "\ufffd2J" in json.loads(fourth)["message"]
 
 
 # -- redaction -------------------------------------------------------------------------
@@ -860,6 +892,24 @@ async def test_the_announcement_is_not_a_line_of_the_log(plumb: Any) -> None:
 
 
 @pytest.mark.anyio
+async def test_a_hearer_that_raises_does_not_stop_the_pump(
+    plumb: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines: list[bytes] = []
+
+    def hear(line: bytes) -> bool:
+        raise RecursionError
+
+    plumbing = plumb(lines.extend, hear=hear)
+    plumbing.write(b"one\ntwo\n")
+    plumbing.close()
+    plumbing.pump.start()
+    await plumbing.pump.wait()
+    assert lines == [b"one", b"two"]
+    assert messages_of(caplog.records) == ["a line could not be looked at"]
+
+
+@pytest.mark.anyio
 async def test_lines_gather_and_a_hurry_ends_the_gathering(
     plumb: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -931,6 +981,7 @@ class Slow:
 
     def __init__(self, done: list[bytes], lines: Sequence[bytes], free: Any) -> None:
         self._done, self._lines, self._free = done, [*lines], free
+        self.weight = sum(map(len, lines))
 
     def work(self, until: float) -> bool:
         if not self._free.wait(10 if until == math.inf else 0.01):

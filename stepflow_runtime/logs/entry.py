@@ -271,12 +271,15 @@ def _take(fields: dict[str, Any], name: str, kind: type[T]) -> T | None:
 
 def plain(line: bytes, stream: Stream) -> LogEntry:
     """The entry of a line that is not one of the server's log lines."""
+    message = line.decode(errors="replace")
     return LogEntry(
         timestamp=_stamp(line),
         level=(line[:14] == _BEGIN and _TOLD.get(line[_LEVEL]))
         or ("WARN" if stream == "stderr" else "INFO"),
-        message=line.decode(errors="replace"),
+        message=message,
         stream=stream,
+        # As it will be read from our own log file.
+        run_id=_named_run(message),
     )
 
 

@@ -44,7 +44,13 @@ MOST_WAITING: Final = 64 * 1024 * 1024
 
 
 class Chore(Protocol):
-    """What else is to be done with lines that were taken."""
+    """What else is to be done with lines that were taken.
+
+    :ivar weight: about how many bytes they take meanwhile
+    """
+
+    @property
+    def weight(self) -> int: ...
 
     def work(self, until: float) -> bool:
         """Go on with it until a time of ``time.monotonic()``; True when all is done."""
@@ -114,8 +120,7 @@ class Pump:
         self._hear = hear
         self._grouper = grouper
         self._cutter = LineCutter()
-        # What is still to be done, and how many bytes each is about.
-        self._chores: deque[tuple[Chore, int]] = deque()
+        self._chores: deque[Chore] = deque()
         self._waiting = 0
         self._is_working = False
         self._may_rest = True
@@ -207,14 +212,14 @@ class Pump:
         """Go on with what is to be done."""
         self._is_working = True
         while self._chores:
-            chore, size = self._chores[0]
+            chore = self._chores[0]
             try:
                 if not chore.work(until):
                     break
             except BaseException as exc:  # noqa: BLE001 - whatever it is, the pipe fills up
                 self._report(exc)
             self._chores.popleft()
-            self._waiting -= size
+            self._waiting -= chore.weight
             if time.monotonic() >= until:
                 break
         self._is_working = False
@@ -229,10 +234,17 @@ class Pump:
 
     def _heard(self, hear: Callable[[bytes], bool], lines: list[bytes]) -> list[bytes]:
         for place, line in enumerate(lines):
-            if hear(line):
+            if self._is_heard(hear, line):
                 self._hear = None
                 return [*lines[:place], *lines[place + 1 :]]
         return lines
+
+    def _is_heard(self, hear: Callable[[bytes], bool], line: bytes) -> bool:
+        try:
+            return hear(line)
+        except BaseException as exc:  # noqa: BLE001 - whatever it is, the pipe fills up
+            self._report(exc, "a line could not be looked at")
+            return False
 
     @property
     def _is_holding_back(self) -> bool:
@@ -251,15 +263,14 @@ class Pump:
             self._report(exc)
         else:
             if chore is not None:
-                size = sum(map(len, lines))
-                self._chores.append((chore, size))
-                self._waiting += size
+                self._chores.append(chore)
+                self._waiting += chore.weight
         self._is_working = False
 
-    def _report(self, exc: BaseException) -> None:
+    def _report(self, exc: BaseException, trouble: str = "log lines were lost") -> None:
         if not self._has_reported:
             self._has_reported = True
-            report(logging.ERROR, "log lines were lost", exc=exc)
+            report(logging.ERROR, trouble, exc=exc)
 
 
 class LineCutter:

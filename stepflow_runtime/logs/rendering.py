@@ -18,7 +18,7 @@ import msgspec
 
 from .entry import LogEntry, decode
 
-__all__ = ["as_json", "as_text"]
+__all__ = ["as_json", "as_text", "is_harmless"]
 
 
 class _Diags(msgspec.Struct, omit_defaults=True, kw_only=True, gc=False):
@@ -67,6 +67,9 @@ _C1: Final = re.compile(rb"\xc2([\x80-\x9f])")
 # pattern with the controls, so that what is left of ``ESC ESC[0m [2J`` is no command.
 _CONTROLS: Final = re.compile(r"\x1b\[[0-9;:]*m|[\x00-\x08\n-\x1f\x7f-\x9f]")
 _CONTROLS_IN_TEXT: Final = re.compile(r"\x1b\[[0-9;:]*m|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+# A line of a message that could pass for the first of another entry: it is indented.
+_FORGED: Final = re.compile(r"\n(?=\d{4}-\d\d-\d\d)", re.ASCII)
 
 # The bytes of no control. U+0080 to U+009F begin with C2, and so do some others.
 _HARMLESS: Final = bytes({9, *range(32, 256)} - {0x7F, 0xC2})
@@ -120,15 +123,16 @@ def as_text(entry: LogEntry) -> bytes:
     """Render an entry as the server does with ``--log-format text``, without a newline.
 
     A line that no module of the server logged has the stream's name in the place of the
-    module's. The message keeps its newlines. Colours are left out, and other control
-    characters are written as escapes, in everything.
+    module's. The message keeps its newlines; a line of it that begins with a date, as
+    entries do, is indented. Colours are left out, and other control characters are written
+    as escapes, in everything.
     """
     head = f"{_stamp(entry.timestamp)} {entry.level:>6} {_origin(entry)} "
     tail = _tail(entry)
     line = f"{head}{entry.message}{tail}".encode(errors="backslashreplace")
     if not line.translate(None, _HARMLESS):
         return line
-    message = _CONTROLS_IN_TEXT.sub(_escape, entry.message)
+    message = _FORGED.sub("\n ", _CONTROLS_IN_TEXT.sub(_escape, entry.message))
     text = f"{_one_line(head)}{message}{_one_line(tail)}"
     return text.encode(errors="backslashreplace")
 
@@ -251,6 +255,17 @@ def _encodable(value: object, depth: int) -> object:
 
 def _without_surrogates(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
+
+
+def is_harmless(line: bytes) -> bool:
+    """True if a line of JSON is fit to be written as it is: UTF-8, and no controls."""
+    if line.isascii():
+        return True  # with controls of ASCII it would not be JSON
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return _C1.search(line) is None
 
 
 def _escaped(line: bytes) -> bytes:

@@ -20,7 +20,7 @@ from .entry import LogEntry, Stream, check, decode, is_json, told_level
 from .files import LineSink, LogFile, ParentStderr
 from .own import report
 from .records import LoggerSink
-from .rendering import as_json, as_text
+from .rendering import as_json, as_text, is_harmless
 from .ring import Filter, Kept, LogFollower, Ring
 
 __all__ = ["LogHub"]
@@ -41,6 +41,14 @@ class Hiding(Protocol):
     def starred(self, lines: Sequence[bytes]) -> Sequence[bytes]:
         """The lines without it."""
         ...
+
+# What an entry takes beyond the bytes of its line.
+_ENTRY: Final = 256
+
+# What a value of ``extra`` takes beyond its bytes: ``[[],[],[]]`` takes 20 times as much.
+_VALUE: Final = 64
+_BEFORE_VALUES: Final = (b",", b"[", b"{")
+_SHORT: Final = 1024
 
 
 class LogHub:
@@ -112,7 +120,9 @@ class LogHub:
             self._ring.add(kept, sizes)
         if self._logger is None and self._lines is None:
             return None
-        return _Batch(partial(self._pass_on, lines, kept, levels))
+        # Empty lines weigh something, too, while they wait.
+        weight = sum(sizes) + (0 if kept is lines else _ENTRY * len(kept))
+        return _Batch(partial(self._pass_on, lines, kept, levels), weight)
 
     def _pass_on(
         self,
@@ -168,13 +178,13 @@ class LogHub:
     def _read(
         self, stream: Stream, lines: Sequence[bytes]
     ) -> tuple[Sequence[Kept], Sequence[str], Sequence[int]]:
-        """What stands for the lines from here on; their levels; and their lengths."""
+        """What stands for the lines from here on; their levels; and their weights."""
         if stream == "stdout" and not self._decodes_all:
             told = [*map(told_level, lines)]
             if None not in told:
                 return lines, cast(list[str], told), [*map(len, lines)]
         read = [
-            (entry, len(line))
+            (entry, _weight(entry, line))
             for line in lines
             if (entry := self._entry(stream, line)) is not None
         ]
@@ -213,7 +223,7 @@ class LogHub:
     def _render_json(self, lines: Iterable[Kept]) -> list[bytes]:
         return [
             line
-            if isinstance(line, bytes) and is_json(line)
+            if isinstance(line, bytes) and is_json(line) and is_harmless(line)
             else as_json(_entry_of(line))
             for line in lines
         ]
@@ -244,7 +254,10 @@ class LogHub:
 class _Batch:
     """What else is to be done with a batch of lines."""
 
-    def __init__(self, pass_on: Callable[[int, float], int | None]) -> None:
+    def __init__(
+        self, pass_on: Callable[[int, float], int | None], weight: int
+    ) -> None:
+        self.weight = weight
         self._pass_on = pass_on
         self._done = 0
 
@@ -254,6 +267,13 @@ class _Batch:
         if done is not None:
             self._done = done
         return done is None
+
+
+def _weight(entry: LogEntry, line: bytes) -> int:
+    """About how many bytes an entry takes; of most, it is those of the line."""
+    if not entry.extra or len(line) <= _SHORT:
+        return len(line)
+    return len(line) + _VALUE * sum(map(line.count, _BEFORE_VALUES))
 
 
 def _entry_of(line: Kept) -> LogEntry:

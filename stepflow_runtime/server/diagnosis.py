@@ -19,9 +19,11 @@ from ..wire import NO_REASON
 
 __all__ = ["Failures", "advice", "causes", "last_words", "without_ansi"]
 
-# ECMA-48 control sequences, and operating system commands (titles, links).
+# ECMA-48 control sequences, and operating system commands (titles, links); and in the same
+# pattern single controls, so that what is left of ``ESC ESC[0m [2J`` is no command.
 _ANSI: Final = re.compile(
     r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])"
+    r"|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)"
 )
 _BOX: Final = re.compile(r"^[\s│├╰┌└─╴▶]+")
 _LOCATION: Final = re.compile(r"^at \S+:\d+(?::\d+)?$")
@@ -49,7 +51,7 @@ _LINE_LENGTH: Final = 500
 
 
 def without_ansi(text: str) -> str:
-    """``text`` without escape sequences."""
+    """``text`` without escape sequences and other controls, but for tabs and newlines."""
     return _ANSI.sub("", text)
 
 
@@ -205,6 +207,6 @@ def _block(title: str, lines: Iterable[str]) -> str:
 
 
 def _one_line(text: str) -> str:
-    text = without_ansi(text[: 2 * _LINE_LENGTH]).replace("\x1b", "")
+    text = without_ansi(text[: 2 * _LINE_LENGTH])
     line = next(iter(text.splitlines()), "")
     return line if len(line) <= _LINE_LENGTH else line[:_LINE_LENGTH] + " ..."

@@ -17,7 +17,6 @@ from functools import partial
 from typing import Final
 
 import anyio
-import msgspec
 
 from .. import wire
 from ..crew import Crew
@@ -373,7 +372,7 @@ async def _has_unfinished_runs(transport: DirectTransport) -> bool:
         response = await _get(transport, f"/runs{query}")
         if response is None or response.status >= 300:
             return True
-        with suppress(msgspec.DecodeError):
+        with suppress(*wire.NOT_UNDERSTOOD):
             if not wire.decode_run_list(response.body).runs:
                 continue
         return True
