@@ -42,6 +42,7 @@ class Hiding(Protocol):
         """The lines without it."""
         ...
 
+
 # What an entry takes beyond the bytes of its line.
 _ENTRY: Final = 256
 
