@@ -495,6 +495,10 @@ class Supervisor:
             raise ServerStartError(
                 f"the working directory cannot be used: {exc}"
             ) from exc
+        except RuntimeError as exc:  # no thread to be had
+            raise ServerStartError(
+                f"the Stepflow server cannot be started: {exc}"
+            ) from exc
         except ServerStartError:
             # A wait that was cancelled has not failed.
             await anyio.lowlevel.checkpoint_if_cancelled()

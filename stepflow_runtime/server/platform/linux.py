@@ -32,6 +32,7 @@ from .posix import (
     Bell,
     Pipe,
     PosixChild,
+    all_pids,
     filled_pipe,
     nothing,
     start,
@@ -203,9 +204,7 @@ class LinuxChild(PosixChild):
         As they do where we are the first process of a container: orphans fall to that, and
         nobody else would ever reap them.
         """
-        import psutil
-
-        for pid in psutil.pids():
+        for pid in all_pids():
             if pid != self.pid and self._is_member(pid):
                 try:
                     os.waitpid(pid, os.WNOHANG)
