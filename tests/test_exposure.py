@@ -216,7 +216,8 @@ async def test_the_port_is_on_loopback_from_its_first_moment_and_after_restarts(
                 os.kill(runtime.pid, 9)
                 assert (await runtime.run(ECHO, 1)).output == 1
                 assert runtime.port == port
-    assert seen == {"127.0.0.1"}
+                assert listening(port) == {"127.0.0.1"}
+    assert seen <= {"127.0.0.1"}  # where many sockets are, a look takes its time
 
 
 def test_likewise_of_a_hosted_runtime() -> None:
