@@ -409,9 +409,9 @@ def test_a_signal_does_not_have_bind_ask_twice() -> None:
 
 
 BINDS_ONCE = """
-import socket
+import socket, sys
 try:
-    socket.socket().bind(("0.0.0.0", 0))
+    socket.socket().bind(("0.0.0.0", int(sys.argv[1])))
 except OSError as exc:
     print(exc.errno)
 """
@@ -735,6 +735,46 @@ async def test_what_a_worker_prints_is_no_announcement(
             assert await process.wait_port() == port.number
         await process.end(lambda: 0)
         process.close()
+
+
+def test_a_child_that_is_forked_while_we_bind_does_not_get_the_servers_socket(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It would keep the port, and let clients wait, when the server has ended."""
+    binding, over = threading.Event(), threading.Event()
+    check = confine_module._check_still_there
+
+    def check_slowly(*arguments: Any) -> None:
+        binding.set()
+        over.wait(0.2)
+        check(*arguments)
+
+    monkeypatch.setattr(confine_module, "_check_still_there", check_slowly)
+    reading, writing = os.pipe()
+    with held(0) as port:
+        binder = threading.Thread(target=confined, args=(port, BINDS_ONCE))
+        binder.start()
+        assert binding.wait(20)
+        pid = os.fork()
+        if pid == 0:
+            os.write(writing, json.dumps(listening_here()).encode())
+            os._exit(0)
+        over.set()
+        os.waitpid(pid, 0)
+        binder.join()
+    assert json.loads(os.read(reading, 10_000)) == []
+    os.close(reading)
+    os.close(writing)
+
+
+def listening_here() -> list[int]:
+    """The ports of the sockets of this process that listen."""
+    found = []
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError), socket.socket(fileno=os.dup(fd)) as copy:
+            if copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                found.append(copy.getsockname()[1])
+    return found
 
 
 def test_a_forked_child_holds_neither_the_port_nor_the_listener() -> None:

@@ -48,7 +48,7 @@ from typing import Final, NamedTuple
 if sys.platform != "win32":
     import fcntl
 
-from ..forks import no_forks
+from ..forks import forget_in_child, no_forks
 from ..logs.own import report
 from .options import Exposure
 from .port import LOOPBACK, HeldPort
@@ -303,8 +303,6 @@ class Unconfined:
     def close(self) -> None:
         pass
 
-    forget = close
-
 
 class _Question(NamedTuple):
     """Somebody calls bind(2), and waits.
@@ -350,6 +348,7 @@ class Confinement:
         self._thread = threading.Thread(
             target=self._serve, daemon=True, name="stepflow-runtime loopback"
         )
+        forget_in_child(self)
         self._start()
 
     @property
@@ -438,20 +437,15 @@ class Confinement:
             return None
         if not _is_in_our_network(question.asker):
             return self._give_way("its process has a network namespace of its own")
-        try:
-            replacement = self._socket(*there, blocking=_is_blocking(question))
-        except OSError as exc:
-            return exc.errno or errno.EINVAL  # what the server would have heard
-        with replacement:
-            _check_still_there(listener, question)
-            addfd = _NOTIF_ADDFD.pack(
-                question.id,
-                _SECCOMP_ADDFD_FLAG_SETFD,
-                replacement.fileno(),
-                question.fd,
-                os.O_CLOEXEC,
-            )
-            fcntl.ioctl(listener, _SECCOMP_IOCTL_NOTIF_ADDFD, addfd)
+        blocking = _is_blocking(question)
+        # A forked child would keep it, and so the port, when the server has ended.
+        with no_forks():
+            try:
+                replacement = self._socket(*there, blocking=blocking)
+            except OSError as exc:
+                return exc.errno or errno.EINVAL  # what the server would have heard
+            with replacement:
+                _replace(listener, question, replacement)
         self._is_kept = True
         return 0
 
@@ -517,6 +511,22 @@ def _is_blocking(question: _Question) -> bool:
 def _is_in_our_network(asker: int) -> bool:
     theirs, ours = os.stat(f"/proc/{asker}/ns/net"), os.stat("/proc/self/ns/net")
     return (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino)
+
+
+def _replace(listener: int, question: _Question, replacement: socket.socket) -> None:
+    """Put it in the place of the socket of who asks.
+
+    :raises OSError: if nobody asks any more
+    """
+    _check_still_there(listener, question)
+    addfd = _NOTIF_ADDFD.pack(
+        question.id,
+        _SECCOMP_ADDFD_FLAG_SETFD,
+        replacement.fileno(),
+        question.fd,
+        os.O_CLOEXEC,
+    )
+    fcntl.ioctl(listener, _SECCOMP_IOCTL_NOTIF_ADDFD, addfd)
 
 
 def _check_still_there(listener: int, question: _Question) -> None:

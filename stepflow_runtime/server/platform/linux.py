@@ -148,10 +148,6 @@ class LinuxChild(PosixChild):
         codes = (_exit_code_of_zombie(child.pid) for child in children)
         return [code for code in codes if code is not None]
 
-    def forget(self) -> None:
-        self._confinement.forget()
-        super().forget()
-
     def close(self) -> None:
         super().close()
         self._confinement.close()
