@@ -303,6 +303,8 @@ class Unconfined:
     def close(self) -> None:
         pass
 
+    forget = close
+
 
 class _Question(NamedTuple):
     """Somebody calls bind(2), and waits.

@@ -148,6 +148,10 @@ class LinuxChild(PosixChild):
         codes = (_exit_code_of_zombie(child.pid) for child in children)
         return [code for code in codes if code is not None]
 
+    def forget(self) -> None:
+        self._confinement.forget()  # before it is closed: the bell is the parent's, too
+        super().forget()
+
     def close(self) -> None:
         super().close()
         self._confinement.close()
