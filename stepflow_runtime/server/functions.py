@@ -8,7 +8,7 @@ overruled.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Self
@@ -16,7 +16,7 @@ from typing import Any, Final, Self
 from .. import worker
 from ..components import places_of
 from ..worker.job import Job
-from .interpreter import find_interpreter
+from .interpreter import named_interpreter
 
 __all__ = ["Worker"]
 
@@ -43,7 +43,7 @@ class Worker:
     """
 
     interpreter: str
-    job: str
+    job: Job
 
     @classmethod
     def of(cls, functions: object) -> Self | None:
@@ -60,13 +60,17 @@ class Worker:
                 "components: what runs Python functions is not installed: "
                 'pip install "stepflow-runtime[components]"'
             )
-        interpreter = find_interpreter()
+        interpreter = named_interpreter()
         if interpreter is None:
             raise ValueError(
                 "components: there is no Python interpreter to run them by: "
                 "sys.executable names none"
             )
-        return cls(interpreter, Job.here(places))
+        return cls(interpreter, Job.of(places))
+
+    def in_directory(self, directory: str) -> Self:
+        """The same, in a working directory."""
+        return replace(self, job=self.job.in_directory(directory))
 
     def added_to(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """A configuration, and in it this worker with the way to it.
@@ -79,7 +83,7 @@ class Worker:
             "type": "grpc",
             "command": self.interpreter,
             # -P: without the program's own directory in the way of other modules.
-            "args": ["-P", str(_PROGRAM), self.job],
+            "args": ["-P", str(_PROGRAM), self.job.told()],
             "queueName": _QUEUE,
             "queueTimeoutSecs": _QUEUE_TIMEOUT,
         }

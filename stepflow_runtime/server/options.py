@@ -207,9 +207,13 @@ class ServerOptions:
         options = self
         if self.storage is not None and self._given_storage().path is not None:
             options = replace(options, storage=self._followed(self.storage))
+        if self._worker is not None:
+            options = options._with_worker_here()
         if self.config_path is None or isinstance(self.config_path, Mapping):
             return options
+        worker = options._worker
         options = replace(options, config_path=Path(self.config_path).absolute())
+        object.__setattr__(options, "_worker", worker)
         if self._adds:
             options._merge_into_file()
         return options
@@ -402,6 +406,16 @@ class ServerOptions:
             "components": self.components or None,
         }
         return [name for name, value in adding.items() if value is not None]
+
+    def _with_worker_here(self) -> Self:
+        """A copy whose worker is in this process's working directory. Blocks."""
+        options = replace(self)
+        assert options._worker is not None
+        object.__setattr__(
+            options, "_worker", options._worker.in_directory(os.getcwd())
+        )
+        options._check_config()
+        return options
 
     def _check_components(self) -> None:
         if self.components is not None:

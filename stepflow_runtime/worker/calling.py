@@ -1,8 +1,8 @@
 """One function, called with a step's input: converted, run, and its result judged.
 
 Contract: what a call raises is one of stepflow-py's errors, with the function's own exception
-as its cause, and with a message that tells its type. A function that is not ``async`` runs in a thread, so that neither others nor heartbeats wait for it.
-Whatever it raises comes out here: ``SystemExit`` ends no worker.
+as its cause, and with a message that tells its type; ``SystemExit`` ends no worker. A function
+that is not ``async`` runs in a thread, so that neither others nor heartbeats wait for it.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import msgspec
 from stepflow_py.worker.exceptions import (
@@ -68,14 +68,12 @@ class Call:
         self._is_async = inspect.iscoroutinefunction(function)
 
     async def __call__(self, input: Any) -> Any:
-        arguments = self._arguments(input)
-        try:
-            returned = await self._run(arguments)
-        except StepflowError:
-            raise  # somebody who knows stepflow-py, and what its errors stand for
-        except BaseException as exc:
-            raise FunctionFailed(_words(exc)) from exc
-        return self._output(returned)
+        returned, raised = await self._outcome(self._arguments(input))
+        if raised is None:
+            return self._output(returned)
+        if isinstance(raised, StepflowError):
+            raise raised  # by who knows stepflow-py, and what its errors stand for
+        raise FunctionFailed(_words(raised)) from raised
 
     def _arguments(self, input: Any) -> dict[str, Any]:
         try:
@@ -87,17 +85,16 @@ class Call:
             name: value for name, value in given.items() if value is not msgspec.UNSET
         }
 
-    async def _run(self, arguments: dict[str, Any]) -> Any:
+    async def _outcome(self, arguments: dict[str, Any]) -> _Outcome:
         if self._is_async:
-            return await self._function(**arguments)
+            return await _awaited(self._function(**arguments))
         context = contextvars.copy_context()
-        work = partial(context.run, _outcome, self._function, arguments)
+        call = partial(context.run, _called, self._function, arguments)
         loop = asyncio.get_running_loop()
-        returned, raised = await loop.run_in_executor(_THREADS, work)
-        if raised is not None:
-            raise raised
-        # A coroutine function in a decorator that does not know of them.
-        return await returned if inspect.isawaitable(returned) else returned
+        returned, raised = await loop.run_in_executor(_THREADS, call)
+        if inspect.isawaitable(returned):  # a decorator hides that it is async
+            return await _awaited(returned)
+        return returned, raised
 
     def _output(self, returned: Any) -> Any:
         try:
@@ -114,13 +111,21 @@ class Call:
         return output
 
 
-def _outcome(
-    function: Callable[..., Any], arguments: dict[str, Any]
-) -> tuple[Any, BaseException | None]:
-    """What it returned or raised: a future takes no StopIteration."""
+# What a function returned, or what it raised: a future takes no StopIteration.
+_Outcome: TypeAlias = tuple[Any, BaseException | None]
+
+
+def _called(function: Callable[..., Any], arguments: dict[str, Any]) -> _Outcome:
     try:
         return function(**arguments), None
     except BaseException as exc:  # noqa: BLE001 - raised where it is waited for
+        return None, exc
+
+
+async def _awaited(returned: Awaitable[Any]) -> _Outcome:
+    try:
+        return await returned, None
+    except BaseException as exc:  # noqa: BLE001 - nobody cancels these tasks but they
         return None, exc
 
 

@@ -6,8 +6,8 @@ it is a secret.
 
 from __future__ import annotations
 
-import os
 import sys
+from typing import Self
 
 import msgspec
 
@@ -26,14 +26,17 @@ class Job(msgspec.Struct, frozen=True):
 
     places: tuple[Place, ...]
     path: tuple[str, ...]
-    directory: str
+    directory: str = ""
 
     @classmethod
-    def here(cls, places: tuple[Place, ...]) -> str:
-        """One in whose worker all is as it is here, as JSON."""
-        directory = os.getcwd()
-        path = [
-            os.path.join(directory, each) for each in sys.path if isinstance(each, str)
-        ]
-        job = cls(places, tuple(path), directory)
-        return msgspec.json.encode(job).decode()
+    def of(cls, places: tuple[Place, ...]) -> Self:
+        """One whose worker finds modules as this process does."""
+        return cls(places, tuple(each for each in sys.path if isinstance(each, str)))
+
+    def in_directory(self, directory: str) -> Self:
+        """The same, in a working directory; what of the path is relative, is so to that."""
+        return msgspec.structs.replace(self, directory=directory)
+
+    def told(self) -> str:
+        """As JSON."""
+        return msgspec.json.encode(self).decode()

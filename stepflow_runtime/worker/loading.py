@@ -28,7 +28,7 @@ _SCRIPT: Final = "__mp_main__"
 def enter(job: Job) -> None:
     """Make this process find modules and files as the program does."""
     os.chdir(job.directory)
-    sys.path[:] = job.path
+    sys.path[:] = [os.path.join(job.directory, each) for each in job.path]
     sys.argv[1:] = []
 
 

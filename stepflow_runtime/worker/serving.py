@@ -54,7 +54,7 @@ def work(told: str, ready: int | None) -> int:
     :param ready: a descriptor that is written to when the server knows us
     """
     job = msgspec.json.decode(told, type=Job)
-    faulthandler.enable()
+    faulthandler.enable(all_threads=False)
     printing.set_up()
     try:
         server = _server(job)
