@@ -131,6 +131,11 @@ async def _check_refused_inputs(runtime: StepflowRuntime) -> None:
         refusal = f"the input does not fit every-kind: {words}"
         assert told == f"step 'a' (/python/every-kind): {refusal} (INVALID_INPUT)"
     assert "missing required field `name`" in await failure(runtime, "greet")
+    deep: Any = 1
+    for _ in range(60):  # protobuf would end the stream, and with it the worker
+        deep = [deep]
+    told = await failure(runtime, "wrapped", number=deep)
+    assert "the input has too many containers inside one another" in told
 
 
 async def _check_refused_outputs(runtime: StepflowRuntime) -> None:

@@ -28,9 +28,11 @@ def main() -> None:
     if not was_ready:
         sys.exit(code)
     server = os.getppid()
-    while was_ready and os.getppid() == server:
-        _say(f"the worker of components= {_told(code)}, and is started again")
+    while was_ready:
         time.sleep(_PAUSE)
+        if os.getppid() != server:
+            return
+        _say(f"the worker of components= {_told(code)}, and is started again")
         code, was_ready = _run_worker()
     if os.getppid() == server:
         _say("the worker of components= cannot be started again: the server is ended")

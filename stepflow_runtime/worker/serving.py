@@ -23,8 +23,9 @@ from stepflow_py.proto import (
     ListComponentsResult,
     PullTasksRequest,
     TaskAssignment,
+    TaskError,
 )
-from stepflow_py.proto.tasks_pb2_grpc import TasksServiceStub
+from stepflow_py.proto.common_pb2 import TASK_ERROR_CODE_INVALID_INPUT
 from stepflow_py.worker import StepflowServer
 from stepflow_py.worker.task_handler import (
     build_component_info_list,
@@ -36,11 +37,17 @@ from ..components import declared
 from . import loading, printing
 from .calling import Call
 from .job import Job
+from .pulling import pull
 
 __all__ = ["work"]
 
 # Each costs a heartbeat a second, also while it waits for a thread.
 _MOST_CLAIMED: Final = 256
+
+_TOO_DEEP: Final = (
+    "the input has too many containers inside one another for a worker to read (some thirty "
+    "are sure to arrive): flatten it, or send the inner part as a string of JSON"
+)
 
 _OPTIONS: Final = (
     ("grpc.max_receive_message_length", -1),
@@ -108,7 +115,7 @@ async def _serve(server: StepflowServer, ready: int | None) -> None:
     under_way: set[asyncio.Task[None]] = set()
     async with grpc.aio.insecure_channel(url, options=_OPTIONS) as channel:
         request = PullTasksRequest(queue_name=queue, worker_id=worker)
-        stream = TasksServiceStub(channel).PullTasks(request)
+        stream = pull(channel, request)
         await stream.initial_metadata()
         if ready is not None:
             os.write(ready, b"1")
@@ -116,9 +123,11 @@ async def _serve(server: StepflowServer, ready: int | None) -> None:
         async for task in stream:
             if task.HasField("list_components"):
                 handling = _tell_components(server, task)
-            else:
+            elif task.HasField("execute"):
                 await turns.acquire()  # handle_task gives it back
                 handling = handle_task(server, task, turns, worker, queue)
+            else:
+                handling = _refuse(task)
             handled = asyncio.create_task(handling)
             under_way.add(handled)
             handled.add_done_callback(under_way.discard)
@@ -126,6 +135,15 @@ async def _serve(server: StepflowServer, ready: int | None) -> None:
 
 async def _tell_components(server: StepflowServer, task: TaskAssignment) -> None:
     known = ListComponentsResult(components=build_component_info_list(server))
-    request = CompleteTaskRequest(task_id=task.task_id, list_components=known)
+    await _complete(task, list_components=known)
+
+
+async def _refuse(task: TaskAssignment) -> None:
+    error = TaskError(code=TASK_ERROR_CODE_INVALID_INPUT, message=_TOO_DEEP)
+    await _complete(task, error=error)
+
+
+async def _complete(task: TaskAssignment, **outcome: Any) -> None:
+    request = CompleteTaskRequest(task_id=task.task_id, **outcome)
     url = task.context.orchestrator_service_url
     await complete_task_with_retry(url, request, task.task_id)
