@@ -26,6 +26,7 @@ __all__ = [
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_REFERENCE: Final = "#/$defs/"
 _MARK: Final = "__stepflow_component__"
 _LONGEST_NAME: Final = 100
 _NAME_SIGNS: Final = frozenset("_-.")
@@ -290,14 +291,23 @@ def schema_of(kind: Any) -> dict[str, Any]:
         return schema
 
     (schema,), known = msgspec.json.schema_components(
-        [kind], schema_hook=of_custom, ref_template="#/$defs/{name}"
+        [kind], schema_hook=of_custom, ref_template=_REFERENCE + "{name}"
     )
     known = {**models, **known}
-    # The type itself first, what it refers to after it.
-    reference = schema.get("$ref", "").removeprefix("#/$defs/")
-    if reference in known and f'"{schema["$ref"]}"' not in str(known).replace("'", '"'):
-        schema = known.pop(reference)
+    # The type itself stands first, unless it is referred to from within.
+    reference = schema.get("$ref", "")
+    name = reference.removeprefix(_REFERENCE)
+    if name in known and reference not in _texts_of(known):
+        schema = known.pop(name)
     return {**schema, "$defs": known} if known else schema
+
+
+def _texts_of(value: Any) -> set[str]:
+    if isinstance(value, dict):
+        return set().union(*map(_texts_of, value.values()))
+    if isinstance(value, list):
+        return set().union(*map(_texts_of, value))
+    return {value} if isinstance(value, str) else set()
 
 
 def converted(value: Any, kind: Any) -> Any:
