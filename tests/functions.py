@@ -44,6 +44,26 @@ class Options(TypedDict, total=False):
     fast: bool
 
 
+class Model:
+    """What pydantic's models look like from outside."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    @classmethod
+    def model_validate(cls, value: dict[str, Any]) -> Model:
+        if value["number"] < 0:
+            raise ValueError("a number below 0")
+        return cls(value["number"])
+
+    @classmethod
+    def model_json_schema(cls) -> dict[str, Any]:
+        return {"$ref": "#/$defs/Inner", "$defs": {"Inner": {"type": "object"}}}
+
+    def model_dump(self, **options: Any) -> dict[str, Any]:
+        return {"number": self.number}
+
+
 @component
 def greet(name: str, times: int = 1) -> str:
     """Greets somebody.
@@ -62,6 +82,7 @@ def every_kind(  # type: ignore[no-untyped-def]
     tree: Tree,
     options: Options,
     by_number: dict[int, str],
+    model: Model,
     small: Annotated[int, msgspec.Meta(ge=0, le=9)] = 3,
     mode: Literal["slow", "quick"] = "slow",
     maybe: int | None = None,
@@ -70,6 +91,7 @@ def every_kind(  # type: ignore[no-untyped-def]
     assert type(point.x) is type(small) is int
     assert type(point.y) is float
     assert isinstance(tree.children[0], Tree)
+    assert isinstance(model, Model)
     assert list(by_number) == [7]
     assert when.tzinfo is datetime.UTC
     return {
@@ -79,6 +101,7 @@ def every_kind(  # type: ignore[no-untyped-def]
         "price": price + 1,
         "tree": tree,
         "options": options,
+        "model": model,
         "small": small,
         "mode": mode,
         "maybe": maybe,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,15 @@ from stepflow_runtime import (
     ComponentInfo,
     FlowResult,
     RestartPolicy,
+    RuntimeState,
+    ServerCrashedError,
     ServerStartError,
     StepflowRuntime,
     component,
 )
 
 from . import functions
-from .conftest import each_backend, wait_until
+from .conftest import TRIO, each_backend, wait_until
 
 SERVED: list[Callable[..., Any]] = [
     functions.greet,
@@ -48,17 +51,16 @@ INPUT = {
     "tree": {"value": 1, "children": [{"value": 2}]},
     "options": {"fast": True},
     "by_number": {"7": "seven"},
+    "model": {"number": 1},
 }
 
 
-def calling(name: str) -> dict[str, Any]:
-    """A flow of one step, the input of which is the flow's."""
+def of_one(component: str, input: object) -> dict[str, Any]:
+    """A flow of one step."""
     return {
-        "name": name,
-        "description": "Calls a function",
-        "steps": [
-            {"id": "a", "component": f"/python/{name}", "input": {"$input": "$"}}
-        ],
+        "name": "one step",
+        "description": "Calls a component",
+        "steps": [{"id": "a", "component": component, "input": input}],
         "output": {"$step": "a"},
     }
 
@@ -66,7 +68,7 @@ def calling(name: str) -> dict[str, Any]:
 async def result_of(
     runtime: StepflowRuntime, name: str, /, **input: object
 ) -> FlowResult:
-    return await runtime.run(calling(name), input)
+    return await runtime.run(of_one(f"/python/{name}", {"$input": "$"}), input)
 
 
 async def call(runtime: StepflowRuntime, name: str, /, **input: object) -> Any:
@@ -91,11 +93,7 @@ async def test_functions_are_steps() -> None:
         known = {each.path.strip("/"): each for each in await runtime.list_components()}
         _check_schemas(known["greet"], known["every-kind"])
         # What the configuration has without them is still there.
-        echo = {
-            **calling("x"),
-            "steps": [{"id": "a", "component": "/noop", "input": 1}],
-        }
-        assert (await runtime.run(echo)).unwrap() == 1
+        assert (await runtime.run(of_one("/noop", 1))).unwrap() == 1
 
 
 async def _check_values(runtime: StepflowRuntime) -> None:
@@ -110,6 +108,7 @@ async def _check_values(runtime: StepflowRuntime) -> None:
         "price": "2.50",
         "tree": {"value": 1, "children": [{"value": 2, "children": []}]},
         "options": {"fast": True},
+        "model": {"number": 1},
         "small": 3,
         "mode": "slow",
         "maybe": None,
@@ -125,11 +124,14 @@ async def _check_refused_inputs(runtime: StepflowRuntime) -> None:
         ({"point": {"x": 1.5}}, "Expected `int`, got `float` - at `$.point.x`"),
         ({"small": 10}, "Expected `int` <= 9 - at `$.small`"),
         ({"mode": "fast"}, "Invalid enum value 'fast' - at `$.mode`"),
+        ({"model": {"number": -1}}, "a number below 0 - at `$.model`"),
         ({"smal": 1}, "Object contains unknown field `smal`"),
     ):
         told = await failure(runtime, "every-kind", **{**INPUT, **changed})
         refusal = f"the input does not fit every-kind: {words}"
-        assert told == f"step 'a' (/python/every-kind): {refusal} (INVALID_INPUT)"
+        assert told.startswith(
+            f"step 'a' (/python/every-kind): {refusal} (INVALID_INPUT)"
+        )
     assert "missing required field `name`" in await failure(runtime, "greet")
     deep: Any = 1
     for _ in range(60):  # protobuf would end the stream, and with it the worker
@@ -222,25 +224,38 @@ def _check_schemas(greet: ComponentInfo, every_kind: ComponentInfo) -> None:
     assert sorted(schema["required"]) == sorted(INPUT)
     assert schema["properties"]["tree"] == {"$ref": "#/$defs/Tree"}
     assert schema["properties"]["small"]["maximum"] == 9
+    assert schema["properties"]["model"] == {"$ref": "#/$defs/Inner"}
+    assert schema["$defs"]["Inner"] == {"type": "object"}
     assert schema["$defs"]["Tree"]["properties"]["children"]["items"] == (
         {"$ref": "#/$defs/Tree"}
     )
 
 
-def test_a_runtime_in_a_thread_has_a_worker_too_and_takes_it_along() -> None:
-    with StepflowRuntime.start(components=[functions.describe_process]) as runtime:
+def test_a_runtime_in_a_thread_takes_its_worker_along_and_a_file_is_joined(
+    tmp_path: Path,
+) -> None:
+    config = tmp_path / "config.yml"
+    config.write_text(
+        "plugins: {own: {type: builtin}}\nroutes: {/mine: [{plugin: own}]}\n"
+    )
+    with StepflowRuntime.start(
+        config, components=[functions.describe_process]
+    ) as runtime:
         described = asyncio.run(call(runtime, "describe_process"))
         assert psutil.pid_exists(described["pid"])
+        # As the program's, and not the folder of the file as other workers have it.
+        assert described["directory"] == os.getcwd()
+        assert asyncio.run(runtime.run(of_one("/mine/noop", 1))).unwrap() == 1
     assert not psutil.pid_exists(described["pid"])
 
 
-@each_backend
+# Whatever the loop is, it only waits here.
+@pytest.mark.parametrize("anyio_backend", [TRIO])
 @pytest.mark.anyio
 async def test_a_fresh_server_has_the_code_as_it_is_by_then_and_so_has_a_fresh_worker(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anyio_backend_name: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = f"changing_{anyio_backend_name}"
-    file = tmp_path / f"{name}.py"
+    file = tmp_path / "changing.py"
 
     def write(version: int) -> None:
         file.write_text(f"import os\ndef tell(): return [{version}, os.getpid()]\n")
@@ -249,9 +264,9 @@ async def test_a_fresh_server_has_the_code_as_it_is_by_then_and_so_has_a_fresh_w
 
     write(1)
     monkeypatch.syspath_prepend(tmp_path)
-    tell = __import__(name).tell
+    tell = import_module(file.stem).tell
     async with StepflowRuntime.start(
-        components=[tell], restart_policy=RestartPolicy.ON_FAILURE
+        components=[tell], restart_policy=RestartPolicy.ON_FAILURE, max_restarts=1
     ) as runtime:
         version, worker = await call(runtime, "tell")
         assert version == 1
@@ -267,7 +282,16 @@ async def test_a_fresh_server_has_the_code_as_it_is_by_then_and_so_has_a_fresh_w
         os.kill(server, signal.SIGKILL)
         await wait_until(lambda: runtime.restarts == 1)
         await runtime.wait_ready()
-        assert (await call(runtime, "tell"))[0] == 3
+        version, worker = await call(runtime, "tell")
+        assert version == 3
+        # One that cannot come up again ends the server: nobody waits for it for ever.
+        file.write_text("import nothing_of_that_name\n")
+        os.kill(worker, signal.SIGKILL)
+        await wait_until(lambda: runtime.state is RuntimeState.FAILED)
+        with pytest.raises(
+            ServerCrashedError, match="No module named 'nothing_of_that"
+        ):
+            await call(runtime, "tell")
 
 
 def _says(runtime: StepflowRuntime, words: str) -> bool:
@@ -440,20 +464,6 @@ def test_a_configuration_keeps_what_it_has() -> None:
         StepflowRuntime.start(
             components=[functions.greet], env={"STEPFLOW_CONFIG": "x.yml"}
         )
-
-
-def test_functions_join_the_components_of_a_file(tmp_path: Path) -> None:
-    file = tmp_path / "config.yml"
-    file.write_text(
-        "plugins: {own: {type: builtin}}\nroutes: {/mine: [{plugin: own}]}\n"
-    )
-    with StepflowRuntime.start(file, components=[functions.greet]) as runtime:
-        assert asyncio.run(call(runtime, "greet", name="Ada")) == "Hello, Ada!"
-        flow = {
-            **calling("x"),
-            "steps": [{"id": "a", "component": "/mine/noop", "input": 1}],
-        }
-        assert asyncio.run(runtime.run(flow)).unwrap() == 1
 
 
 def test_without_the_extra_it_is_told_which(monkeypatch: pytest.MonkeyPatch) -> None:
