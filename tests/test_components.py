@@ -27,6 +27,7 @@ from stepflow_runtime import (
     StepflowRuntime,
     component,
 )
+from stepflow_runtime.server.options import ServerOptions
 
 from . import functions
 from .conftest import TRIO, each_backend, wait_until
@@ -292,6 +293,32 @@ async def test_a_fresh_server_has_the_code_as_it_is_by_then_and_so_has_a_fresh_w
             ServerCrashedError, match="No module named 'nothing_of_that"
         ):
             await call(runtime, "tell")
+
+
+def test_a_worker_whose_server_dies_alone_ends_and_lets_others_live(
+    real_binary: Path,
+) -> None:
+    """Here this process is the parent of what is left, as init is elsewhere."""
+    options = ServerOptions(components=[functions.plain]).anchored()
+    command = options.command(os.environ, port=0, orchestrator_id="alone")
+    assert command.stdin is not None
+    server = psutil.Popen(
+        [real_binary, *command.argv],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=command.env,
+    )
+    with server.stdin as stdin:
+        stdin.write(command.stdin)
+    with server.stdout as stdout:
+        while b'"port":' not in stdout.readline():  # the worker is ready by then
+            pass
+        workers = server.children(recursive=True)
+        assert len(workers) == 2
+        server.kill()
+        server.wait()
+    gone, alive = psutil.wait_procs(workers, timeout=15)
+    assert (len(gone), alive) == (2, [])
 
 
 def _says(runtime: StepflowRuntime, words: str) -> bool:

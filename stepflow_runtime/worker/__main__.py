@@ -24,10 +24,12 @@ def main() -> None:
     if not hasattr(os, "fork"):
         _work(None)
         return
+    # Known from the start: when it has died, another process is our parent, and whoever
+    # that is must not be taken for it.
+    server = os.getppid()
     code, was_ready = _run_worker()
     if not was_ready:
         sys.exit(code)
-    server = os.getppid()
     while was_ready:
         time.sleep(_PAUSE)
         if os.getppid() != server:
