@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .backup import backup_store as backup_store
     from .client import StepflowClient as StepflowClient
+    from .components import component as component
     from .errors import AccessDeniedError as AccessDeniedError
     from .errors import ApiError as ApiError
     from .errors import BackupError as BackupError
@@ -77,6 +78,7 @@ __version__ = "0.1.0"
 _PLACES = {
     "backup": ("backup_store",),
     "client": ("StepflowClient",),
+    "components": ("component",),
     "errors": (
         "AccessDeniedError",
         "ApiError",

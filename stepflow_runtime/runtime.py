@@ -132,6 +132,7 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
         on_crash: Callable[[int], Any] | None = None,
         handle_signals: bool = True,
         binary: str | os.PathLike[str] | None = None,
+        components: Sequence[Callable[..., Any]] | None = None,
     ) -> Self:
         """Start a server, and return its handle.
 
@@ -198,6 +199,9 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
             the main thread, and the program has no handler of its own
         :param binary: the ``stepflow-server`` to use; ``None``: that of the environment
             variable ``STEPFLOW_SERVER_BINARY``, or else the installed one
+        :param components: functions that workflows can call as ``/python/<name>``, beside
+            what the configuration has; see :func:`component`. They run in a process of
+            their own, which imports their modules
         :raises ServerStartError: if it was to start, and did not become READY
         :raises ValueError: naming the option, if a value cannot work
         :raises TypeError: naming the option, if a value is of the wrong kind
@@ -226,6 +230,7 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
                     "on_crash": on_crash,
                     "handle_signals": handle_signals,
                     "binary": binary,
+                    "components": components,
                 },
             )
         )

@@ -94,7 +94,7 @@ def test_the_tutorial_can_be_followed(tmp_path: Path) -> None:
     page = "docs/tutorial.md"
     names = re.findall(r"[Ss]ave this as `([^`]+)`|and this as `([^`]+)`", _text(page))
     files = blocks(page, "yaml") + blocks(page, "python")
-    assert len(names) == len(files) == 4
+    assert len(names) == len(files) == 3
     for (first, second), content in zip(names, files, strict=True):
         (tmp_path / (first or second)).write_text(content)
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -256,6 +256,7 @@ def test_the_public_names_are_these() -> None:
         "UnsupportedServerError",
         "ValidationResult",
         "backup_store",
+        "component",
     ]
 
 

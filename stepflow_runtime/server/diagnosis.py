@@ -121,12 +121,13 @@ class Failures:
         self._printed: list[LogEntry] = []
         self.is_all = False
         for each in entries:
-            if each.stream == "stderr":
+            if each.stream == "stderr" and each.run_id not in (None, run_id):
+                continue
+            if each.stream == "stderr" and not _is_told(each):
                 if since is None or each.timestamp >= since:
                     self._printed.append(each)
             elif each.run_id == run_id and each.level in ("WARN", "ERROR"):
-                message = "\n".join(causes(each.message))
-                self._told.append(msgspec.structs.replace(each, message=message))
+                self._told.append(_in_plain_words(each))
             elif "execution completed" in each.message and run_id in each.message:
                 # The server's last word on a run, at the level INFO or below.
                 self.is_all = True
@@ -176,6 +177,18 @@ class Failures:
         # cause that was never raised.
         is_it = _TRACEBACK.match(rest[0]) or _ends_with(rest, words)
         return self._printed[place : place + 1] if is_it else ()
+
+
+def _in_plain_words(entry: LogEntry) -> LogEntry:
+    if entry.stream == "stderr":  # a function's own
+        return entry
+    message = "\n".join(causes(entry.message))
+    return msgspec.structs.replace(entry, message=message)
+
+
+def _is_told(entry: LogEntry) -> bool:
+    """True for what a function has logged in a run, by its worker's account."""
+    return entry.run_id is not None and not _WORKER_FAILURE.match(entry.message)
 
 
 def _is_of(component: str | None, name: str) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from .secrecy import Secrets
 from .storage import Keeping, Storage, check_lease, merged
 
 if TYPE_CHECKING:
+    from .functions import Worker
     from .recycling import Limits
 
 __all__ = ["Command", "Exposure", "ServerOptions", "StartOptions", "check_seconds"]
@@ -107,6 +109,7 @@ class StartOptions(TypedDict, total=False):
     on_crash: Callable[[int], Any] | None
     handle_signals: bool
     binary: str | os.PathLike[str] | None
+    components: Sequence[Callable[..., Any]] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +145,8 @@ class ServerOptions:
     on_crash: Callable[[int], Any] | None = None
     handle_signals: bool = True
     binary: str | os.PathLike[str] | None = None
+    components: Sequence[Callable[..., Any]] | None = None
+    _worker: Worker | None = field(init=False, repr=False, default=None)
     _config_stdin: bytes | None = field(init=False, repr=False, default=None)
 
     @classmethod
@@ -158,7 +163,9 @@ class ServerOptions:
         return cls(config_path=config_path, **given)
 
     def __post_init__(self) -> None:
+        _refuse_in_worker()
         self._check_storage()
+        self._check_components()
         self._check_config()
         if self.port is not None:
             _check_whole("port", self.port, 0, 65535)
@@ -200,10 +207,14 @@ class ServerOptions:
         options = self
         if self.storage is not None and self._given_storage().path is not None:
             options = replace(options, storage=self._followed(self.storage))
+        if self._worker is not None:
+            options = options._with_worker_here()
         if self.config_path is None or isinstance(self.config_path, Mapping):
             return options
+        worker = options._worker
         options = replace(options, config_path=Path(self.config_path).absolute())
-        if self.storage is not None or self.lease is not None:
+        object.__setattr__(options, "_worker", worker)
+        if self._adds:
             options._merge_into_file()
         return options
 
@@ -381,12 +392,37 @@ class ServerOptions:
             self._given_storage()
         if self.lease is not None:
             check_lease(self.lease)
-        if (self.storage, self.lease) != (None, None) and self._is_set("CONFIG"):
-            name = "lease" if self.storage is None else "storage"
+        if self._adds and self._is_set("CONFIG"):
             raise ValueError(
-                f"{name} cannot be merged into the configuration that STEPFLOW_CONFIG in "
-                "env= names: give that as config_path"
+                f"{self._adds[0]} cannot be merged into the configuration that "
+                "STEPFLOW_CONFIG in env= names: give that as config_path"
             )
+
+    @property
+    def _adds(self) -> list[str]:
+        """The options that add something to the configuration."""
+        adding = {
+            "storage": self.storage,
+            "lease": self.lease,
+            "components": self.components or None,
+        }
+        return [name for name, value in adding.items() if value is not None]
+
+    def _with_worker_here(self) -> Self:
+        """A copy whose worker is in this process's working directory. Blocks."""
+        options = replace(self)
+        assert options._worker is not None
+        object.__setattr__(
+            options, "_worker", options._worker.in_directory(os.getcwd())
+        )
+        options._check_config()
+        return options
+
+    def _check_components(self) -> None:
+        if self.components is not None:
+            from .functions import Worker  # most programs do without
+
+            object.__setattr__(self, "_worker", Worker.of(self.components))
 
     def _given_storage(self) -> Storage:
         return Storage.of(self.storage)
@@ -409,6 +445,8 @@ class ServerOptions:
             )
 
     def _merged(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        if self._worker is not None:
+            config = self._worker.added_to(config)
         if self.storage is None and self.lease is None:
             return dict(config)
         storage = None if self.storage is None else self._given_storage()
@@ -454,6 +492,20 @@ class ServerOptions:
                 "be handed over; put it into a file"
             )
         object.__setattr__(self, "_config_stdin", encoded)
+
+
+def _refuse_in_worker() -> None:
+    """Refuse what a script does that a worker imports: each would start the next.
+
+    :raises RuntimeError: with what to do about it
+    """
+    loading = sys.modules.get("stepflow_runtime.worker.loading")
+    if loading is not None and loading.is_under_way:
+        raise RuntimeError(
+            "this module starts a StepflowRuntime when it is imported, and the worker of "
+            "components= has imported it for its functions. Let it start only in the "
+            'program itself: put what starts it below if __name__ == "__main__":'
+        )
 
 
 def _same(name: str) -> str:
