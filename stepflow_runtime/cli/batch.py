@@ -45,7 +45,10 @@ __all__ = ["batch"]
 # How many results may wait for an earlier one, for each that is under way; and how many
 # at least.
 _AHEAD: Final = 4
-_LEAST_AHEAD: Final = 100
+_LEAST_AHEAD: Final = 200
+
+# Lines that end within so many seconds are written by one write, which takes a thread.
+_GATHERING: Final = 0.01
 
 # Without a terminal, how often it is said how things stand.
 _NEWS: Final = 5.0
@@ -273,6 +276,7 @@ class _Pipeline:
         try:
             while True:
                 await self._has_ended.wait()
+                await anyio.sleep(_GATHERING)
                 self._has_ended = anyio.Event()
                 await self._write()
         except OSError as exc:

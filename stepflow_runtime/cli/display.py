@@ -52,8 +52,8 @@ async def drawn(draw: Draw) -> Any:
         def draw_once() -> float:
             began = time.monotonic()
             width, height = console.size
-            # The last column would wrap the line in some terminals.
-            update(draw(width - 1, height - 1, glyphs))
+            # At the end of the last line there must be room for the ^C that is echoed.
+            update(draw(width - 3, height - 1, glyphs))
             return time.monotonic() - began
 
         async def draw_on() -> None:

@@ -105,21 +105,29 @@ async def _run(
     report: Path | None,
     quiet: bool,
 ) -> FlowResult:
+    from ..errors import RunTimeoutError
+
     async with place.executor() as executor:
         began = time.monotonic()
         run_id = await executor.submit(
             flow, value, variables=variables, timeout=timeout
         )
+        left = timeout
         if timeout is not None:
-            timeout = max(0.001, timeout - (time.monotonic() - began))
+            left = max(0.001, timeout - (time.monotonic() - began))
         try:
             if quiet:
-                result = await executor.get_result(run_id, timeout=timeout)
+                result = await executor.get_result(run_id, timeout=left)
             else:
-                name = str(flow) if isinstance(flow, Path) else "run"
-                result = await _shown(executor, run_id, Path(name).name, timeout)
-        except BaseException:
+                name = flow.name if isinstance(flow, Path) else "run"
+                result = await _shown(executor, run_id, name, left)
+        except BaseException as exc:
             await _cancel(executor, run_id)
+            if isinstance(exc, RunTimeoutError):
+                message = (
+                    f"run {run_id} was not over after {timeout} s, and is cancelled"
+                )
+                raise RunTimeoutError(message, run_id=run_id) from None
             raise
         if report is not None:
             await _write_report(executor, run_id, report)
