@@ -131,7 +131,9 @@ def _verdict(progress: BatchProgress) -> str:
 
 
 async def _batch(job: _Job) -> BatchProgress:
-    from .. import flows, wire
+    import msgspec
+
+    from .. import flows
     from ..threads import run_blocking
     from .ledger import Ledger, Printer, Seal
     from .lines import InputLines
@@ -139,7 +141,8 @@ async def _batch(job: _Job) -> BatchProgress:
 
     executor = job.place.executor()  # which checks the options
     loaded = await run_blocking(flows.load, job.flow)
-    seal = Seal(loaded.encoded, wire.encode(job.variables))
+    variables = msgspec.json.encode(job.variables, order="deterministic")
+    seal = Seal(loaded.encoded, variables)
     with await run_blocking(InputLines, job.inputs) as lines:
         total = await lines.count()
         output: Output = Printer(sys.stdout.fileno())
@@ -150,22 +153,27 @@ async def _batch(job: _Job) -> BatchProgress:
             async with executor as server:
                 flow_id = await server.store_flow(job.flow)
                 line = _Pipeline(job, server, flow_id, seal, output, progress)
-                async with _shown(progress, job.quiet):
+                async with _shown(progress, job):
                     await line.run(lines)
+        except BaseException:
+            if job.output is not None:
+                tell(f"the same command goes on with {job.output}")
+            raise
         finally:
             await output.close()
     return progress
 
 
-def _shown(progress: BatchProgress, quiet: bool) -> AbstractAsyncContextManager[Any]:
+def _shown(progress: BatchProgress, job: _Job) -> AbstractAsyncContextManager[Any]:
     from contextlib import nullcontext
 
     from .display import can_draw, drawn, told
     from .drawing import batch_words, draw_batch
 
-    if quiet:
+    if job.quiet:
         return nullcontext()
-    if can_draw():
+    # Results that scroll by would leave half a drawing in each line.
+    if can_draw() and (job.output is not None or not sys.stdout.isatty()):
         return drawn(
             lambda width, _, glyphs: draw_batch(
                 progress, time.monotonic(), width, glyphs

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
@@ -140,5 +140,11 @@ def _live(console: Console) -> Iterator[Callable[[list[Line]], None]]:
         vertical_overflow="crop",
         redirect_stdout=False,
     )
-    with live:
+    # Of a terminal that is gone, nobody has to know.
+    with suppress(OSError):
+        live.start()
+    try:
         yield update
+    finally:
+        with suppress(OSError):
+            live.stop()

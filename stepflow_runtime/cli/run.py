@@ -83,16 +83,18 @@ def run(
     place = Place(config, storage, remote, header_env, log_level)
     import anyio
 
-    from .output import describe, print_json
+    from .output import describe, print_json, write_private
 
     with exits():
-        result = anyio.run(
-            _run, place, flow_of(flow), value, variables, timeout, report, quiet
-        )
+        document, wants_report = flow_of(flow), report is not None
+        arguments = (place, document, value, variables, timeout, wants_report, quiet)
+        result, page = anyio.run(_run, *arguments)
         if result.error is not None:
             # The result itself says little of why a flow failed; the log may say more.
             tell(f"failed: {result.error}")
         print_json(describe(result))
+        if report is not None:
+            write_private(report, page)
     raise typer.Exit(Exit.SUCCESS if result.is_success else Exit.FAILED)
 
 
@@ -102,9 +104,10 @@ async def _run(
     value: Any,
     variables: dict[str, Any],
     timeout: float | None,
-    report: Path | None,
+    wants_report: bool,
     quiet: bool,
-) -> FlowResult:
+) -> tuple[FlowResult, bytes]:
+    """Return the result, and the page about the run."""
     from ..errors import RunTimeoutError
 
     async with place.executor() as executor:
@@ -129,9 +132,8 @@ async def _run(
                 )
                 raise RunTimeoutError(message, run_id=run_id) from None
             raise
-        if report is not None:
-            await _write_report(executor, run_id, report)
-    return result
+        page = await _page(executor, run_id) if wants_report else b""
+    return result, page
 
 
 async def _cancel(executor: ApiExecutor, run_id: str) -> None:
@@ -144,13 +146,9 @@ async def _cancel(executor: ApiExecutor, run_id: str) -> None:
         await executor.cancel(run_id)
 
 
-async def _write_report(executor: Any, run_id: str, path: Path) -> None:
-    import anyio.to_thread
-
-    from .output import write_private
-
-    page = (await executor.timeline(run_id)).html()
-    await anyio.to_thread.run_sync(write_private, path, page.encode())
+async def _page(executor: Any, run_id: str) -> bytes:
+    page: str = (await executor.timeline(run_id)).html()
+    return page.encode(errors="backslashreplace")
 
 
 # -- progress ----------------------------------------------------------------------------

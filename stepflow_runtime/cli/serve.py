@@ -8,7 +8,7 @@ workers are gone.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Final, cast
 
 import typer
 
@@ -23,8 +23,16 @@ if TYPE_CHECKING:
 
 __all__ = ["serve"]
 
-_RESTARTS = ("on-failure", "always", "never")
-_EXPOSURES = ("loopback", "require-loopback", "any")
+# How many of the lines that were logged before anybody listened, and how many may wait.
+_FIRST: Final = 2000
+_MOST_WAITING: Final = 100_000
+
+# Seconds between two writes, and for the last one.
+_GATHERING: Final = 0.02
+_LAST_LINES: Final = 1.0
+
+_RESTARTS: Final = ("on-failure", "always", "never")
+_EXPOSURES: Final = ("loopback", "require-loopback", "any")
 
 
 def serve(
@@ -89,13 +97,22 @@ def _check(option: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 async def _serve(config: Path | None, options: StartOptions, log_format: str) -> None:
+    import anyio
+
     from ..groups import quiet_task_group
     from ..runtime import StepflowRuntime
 
     runtime = StepflowRuntime.start(config, **options)
+    printer = _LogPrinter(runtime, log_format)
     async with quiet_task_group() as tasks:
-        tasks.start_soon(_print_logs, runtime, log_format)
-        await runtime.serve(task_status=_Announcement())
+        tasks.start_soon(printer.take)
+        tasks.start_soon(printer.print)
+        try:
+            await runtime.serve(task_status=_Announcement())
+        finally:
+            # What a server says last is why it ended.
+            with anyio.move_on_after(_LAST_LINES, shield=True):
+                await printer.wait_printed()
 
 
 class _Announcement:
@@ -108,17 +125,51 @@ class _Announcement:
         print_bytes(f"{runtime.url}\n".encode())
 
 
-async def _print_logs(runtime: StepflowRuntime, format: str) -> None:
-    from ..logs.rendering import as_json, as_text
-    from ..threads import run_abandonable
-    from .output import write_whole
+class _LogPrinter:
+    """Writes the log to standard error, many lines at a time: each write takes a thread.
 
-    render = as_json if format == "json" else as_text
-    if sys.stderr is None:
-        return
-    fd = sys.stderr.fileno()
-    try:
-        async for entry in runtime.logs(recent=2000):
-            await run_abandonable(write_whole, fd, render(entry) + b"\n")
-    except OSError:
-        return  # nobody reads it any more, and the server is needed all the same
+    Nobody need read them: then they are dropped, and the server goes on.
+    """
+
+    def __init__(self, runtime: StepflowRuntime, format: str) -> None:
+        import anyio
+
+        from ..logs.rendering import as_json, as_text
+
+        self._entries = runtime.logs(recent=_FIRST)
+        self._render = as_json if format == "json" else as_text
+        self._fd = None if sys.stderr is None else sys.stderr.fileno()
+        self._lines: list[bytes] = []
+        self._has_lines = anyio.Event()
+        self._has_ended = False
+        self._is_over = anyio.Event()
+
+    async def take(self) -> None:
+        async for entry in self._entries:
+            if len(self._lines) < _MOST_WAITING:
+                self._lines.append(self._render(entry))
+                self._has_lines.set()
+        self._has_ended = True
+        self._has_lines.set()
+
+    async def print(self) -> None:
+        import anyio
+
+        from ..threads import run_abandonable
+        from .output import write_whole
+
+        while not self._has_ended or self._lines:
+            await self._has_lines.wait()
+            self._has_lines = anyio.Event()
+            lines, self._lines = self._lines, []
+            if self._fd is None or not lines:
+                continue
+            try:
+                await run_abandonable(write_whole, self._fd, b"\n".join([*lines, b""]))
+            except OSError:
+                self._fd = None
+            await anyio.sleep(_GATHERING)
+        self._is_over.set()
+
+    async def wait_printed(self) -> None:
+        await self._is_over.wait()
