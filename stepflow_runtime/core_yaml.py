@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple, NoReturn
 
 import yaml
 
 from .bounded import MOST_ALIASED, MOST_DIGITS, MOST_LEVELS, MOST_VALUES
 
-__all__ = ["YamlSyntaxError", "parse"]
+__all__ = ["YamlSyntaxError", "marks", "parse"]
 
 # For each tag libyaml compares all of these, and it reads them before we hear of any.
 _MOST_DIRECTIVES = 100
@@ -62,6 +62,30 @@ def parse(text: bytes) -> Any:
         raise YamlSyntaxError(problem, mark.line + 1, mark.column + 1) from exc
     except (yaml.YAMLError, UnicodeDecodeError) as exc:
         raise YamlSyntaxError(str(exc).replace("\n", " ")) from exc
+
+
+def marks(text: bytes) -> Iterator[tuple[str, str | None, tuple[int, int]]]:
+    """Where things stand in a text that :func:`parse` takes.
+
+    :return: in the order of the text ``"map"`` and ``"list"``, which an ``"end"`` follows, and
+        ``"value"``, with its text; an alias is a value. Each with its line and column, from 1
+    """
+    next_event = _EventSource(_in_utf_8(text)).get_event
+    while type(event := next_event()) is not yaml.StreamEndEvent:
+        kind = _MARKED.get(type(event))
+        if kind is not None:
+            mark = event.start_mark
+            yield kind, getattr(event, "value", None), (mark.line + 1, mark.column + 1)
+
+
+_MARKED: Final = {
+    yaml.ScalarEvent: "value",
+    yaml.AliasEvent: "value",
+    yaml.MappingStartEvent: "map",
+    yaml.SequenceStartEvent: "list",
+    yaml.MappingEndEvent: "end",
+    yaml.SequenceEndEvent: "end",
+}
 
 
 def _in_utf_8(text: bytes) -> bytes:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import typer
 import yaml
 
 import stepflow_runtime
@@ -32,6 +33,7 @@ from stepflow_runtime import (
     SubmitInterruptedError,
     UnrepresentableValueError,
 )
+from stepflow_runtime.cli.app import app
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -179,6 +181,16 @@ def test_every_option_is_in_the_reference() -> None:
     options = inspect.signature(stepflow_runtime.StepflowRuntime.start).parameters
     reference = _text("docs/reference.md")
     assert [name for name in options if f"| `{name}` |" not in reference] == []
+
+
+def test_every_word_of_the_command_is_in_the_reference() -> None:
+    reference = _text("docs/reference.md")
+    for command in typer.main.get_command(app).commands.values():  # type: ignore[attr-defined]
+        assert f"| `{command.name}" in reference
+        for parameter in command.params:
+            for word in parameter.opts:
+                if word.startswith("-") and word != "--help":
+                    assert f"`{word}" in reference, (command.name, word)
 
 
 def test_every_promise_of_security_is_shown_by_a_test() -> None:

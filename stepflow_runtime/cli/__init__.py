@@ -14,6 +14,8 @@ def main() -> None:
     """Run the command with this process's arguments, and exit."""
     try:
         from .app import app
+    except KeyboardInterrupt:
+        sys.exit(130)
     except ModuleNotFoundError as exc:
         if exc.name not in ("typer", "rich"):
             raise
