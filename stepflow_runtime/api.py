@@ -1256,9 +1256,11 @@ class ApiExecutor(ABC):
     async def __explained(
         self, failed: list[FlowResult], details: wire.RunDetails
     ) -> list[FlowResult]:
+        # The first one of an item: those that take something from it fail after it.
+        latest_first = sorted(details.steps, key=lambda step: -step.journal_seqno)
         steps = {
             step.item_index: step
-            for step in map(wire.step_info, details.steps)
+            for step in map(wire.step_info, latest_first)
             if step.error is not None
         }
         # Of a run that the server has given up the events never end.

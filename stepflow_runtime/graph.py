@@ -58,7 +58,8 @@ _MARKS: Final = {
     StepState.UNUSED: "–",
 }
 
-States: TypeAlias = "Mapping[str | tuple[str, ...], StepState]"
+# Mappings with keys of two types are hard to come by: keys of a mapping are invariant.
+States: TypeAlias = "Mapping[Any, StepState]"
 """States by step id; a step of a nested flow by the ids of all the steps around it and its
 own: ``("outer", "inner")``."""
 

@@ -14,9 +14,9 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import cached_property
-from typing import Any, Final
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import anyio
 import msgspec
@@ -454,20 +454,32 @@ class _History:
         entries = await source.logs([*self._runs][:_MOST_LOGGED_RUNS], _MOST_LOGS)
         if len(entries) == _MOST_LOGS:
             self._notes.append(f"Of the log there are the newest {_MOST_LOGS:,} lines.")
-        return tuple(self._linked(entry) for entry in entries)
+        return tuple(self._linked(entries))
 
-    def _linked(self, entry: LogEntry) -> TimelineLog:
-        run = self._runs.get(entry.run_id or "", self._root)
-        item, place = self._place(run, entry)
-        if place is None:
-            return TimelineLog(entry=entry, run_id=run.run_id, item_index=item)
-        told = entry.step_id or ""
-        return TimelineLog(
-            entry=entry,
-            run_id=run.run_id,
-            item_index=item,
-            step_id=run.step_id(place, told),
-        )
+    def _linked(self, entries: Iterable[LogEntry]) -> Iterator[TimelineLog]:
+        retries = self._retries()
+        for entry in entries:
+            if (match := _RETRY.search(entry.message)) is not None:
+                if (log := _of_retry(entry, match, retries)) is not None:
+                    yield log
+            elif (run := self._runs.get(entry.run_id or "")) is not None:
+                item, place = self._place(run, entry)
+                step_id = None if place is None else run.step_id(place, "")
+                yield TimelineLog(
+                    entry=entry, run_id=run.run_id, item_index=item, step_id=step_id
+                )
+
+    def _retries(self) -> dict[tuple[str, int], list[_Retry]]:
+        """Where steps were begun again, by step and attempt."""
+        found: dict[tuple[str, int], list[_Retry]] = {}
+        for run in self._runs.values():
+            for (item, place), step in run.steps.items():
+                for number, started in step.starts[1:]:
+                    if started is not None:
+                        step_id = run.step_id(place, step.step_id)
+                        retry = _Retry(started, run.run_id, item)
+                        found.setdefault((step_id, number), []).append(retry)
+        return found
 
     def _place(self, run: _Run, entry: LogEntry) -> tuple[int | None, int | None]:
         """Of which item and step it tells. What the message says is right; ``step_id`` is
@@ -496,8 +508,36 @@ _BY_PLACE: Final = re.compile(r"\bitem=(\d{1,9}), step=(\d{1,9})\b")
 _BY_ID: Final = re.compile(r"\bstep '([^']+)'")
 _BY_COMPONENT: Final = re.compile(r"Component '([^']+)' routed to ")
 _RETRY: Final = re.compile(
-    r"Retrying step '.*' \(reason: (\w+), attempt: (\d{1,9}), delay: (\d{1,6}(?:\.\d{1,6})?)(m?s)\)"
+    r"Retrying step '(.*)' \(reason: (\w+), attempt: (\d{1,9}), "
+    r"delay: (\d{1,6}(?:\.\d{1,6})?)(m?s)\)"
 )
+
+# A retry is logged right after it has gone into the journal.
+_AT_ONCE: Final = timedelta(seconds=0.1)
+
+
+class _Retry(NamedTuple):
+    started: datetime
+    run_id: str
+    item: int
+
+
+def _of_retry(
+    entry: LogEntry,
+    match: re.Match[str],
+    retries: Mapping[tuple[str, int], Sequence[_Retry]],
+) -> TimelineLog | None:
+    """The line of a retry names no run, or any: its time tells which one it is of."""
+    key = (match[1], int(match[3]))
+    distances = [
+        (abs(entry.timestamp - each.started), each) for each in retries.get(key, ())
+    ]
+    distance, retry = min(distances, default=(_AT_ONCE, None))
+    if retry is None or distance >= _AT_ONCE:
+        return None
+    return TimelineLog(
+        entry=entry, run_id=retry.run_id, item_index=retry.item, step_id=match[1]
+    )
 
 
 def _is_after(event: RunEvent, until: datetime | None) -> bool:
@@ -574,29 +614,35 @@ class _Budget:
 # -- what only the log tells -----------------------------------------------------------
 
 
+_Pauses: TypeAlias = "dict[tuple[str, int | None, str, int], tuple[float, str]]"
+
+
 def _with_pauses(timeline: Timeline, logs: Sequence[TimelineLog]) -> Timeline:
-    """With the pauses before attempts, and why they were needed. Of one item, as of a batch
-    the log does not say whose step it was.
-    """
-    found: dict[tuple[str, int], tuple[float, str]] = {}
+    """With the pauses before attempts, and why those before them failed."""
+    found: _Pauses = {}
     for log in logs:
-        is_of_it = log.run_id == timeline.run_id and log.step_id is not None
-        if is_of_it and (match := _RETRY.search(log.entry.message)):
-            pause = float(match[3]) / (1000 if match[4] == "ms" else 1)
-            found[log.step_id or "", int(match[2])] = pause, match[1].replace("_", " ")
-    if not found or len(timeline.items) > 1:
-        return timeline
-    steps = (_with_pauses_of(step, found) for step in timeline.steps)
-    return msgspec.structs.replace(timeline, steps=tuple(steps))
+        if (match := _RETRY.search(log.entry.message)) and log.step_id is not None:
+            pause = float(match[4]) / (1000 if match[5] == "ms" else 1)
+            key = (log.run_id, log.item_index, log.step_id, int(match[3]))
+            found[key] = pause, match[2].replace("_", " ")
+    return _paused(timeline, found) if found else timeline
 
 
-def _with_pauses_of(
-    step: TimelineStep, found: Mapping[tuple[str, int], tuple[float, str]]
-) -> TimelineStep:
+def _paused(run: Timeline, found: _Pauses) -> Timeline:
+    steps = tuple(
+        _paused_step(run.run_id, step, found) if len(step.attempts) > 1 else step
+        for step in run.steps
+    )
+    sub_runs = tuple(_paused(each, found) for each in run.sub_runs)
+    return msgspec.structs.replace(run, steps=steps, sub_runs=sub_runs)
+
+
+def _paused_step(run_id: str, step: TimelineStep, found: _Pauses) -> TimelineStep:
     attempts = []
     for attempt in step.attempts:
-        pause, _ = found.get((step.step_id, attempt.number), (0.0, ""))
-        _, reason = found.get((step.step_id, attempt.number + 1), (0.0, None))
+        key = (run_id, step.item_index, step.step_id)
+        pause, _ = found.get((*key, attempt.number), (0.0, ""))
+        _, reason = found.get((*key, attempt.number + 1), (0.0, None))
         attempts.append(msgspec.structs.replace(attempt, pause=pause, reason=reason))
     return msgspec.structs.replace(step, attempts=tuple(attempts))
 

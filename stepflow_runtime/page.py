@@ -250,6 +250,12 @@ class _Page:
                 key = (log.run_id, log.item_index, log.step_id)
                 self._lines_of.setdefault(key, []).append(place)
         self._rows: dict[tuple[str, int | None, str], str] = {}
+        self._failed: dict[tuple[str, int], dict[int, str]] = {}
+        for run in _all_runs(timeline):
+            for step in run.steps:
+                if step.state is StepState.FAILED:
+                    of_item = self._failed.setdefault((run.run_id, step.item_index), {})
+                    of_item[step.step_index] = step.step_id
         self._shown_items: set[int] = set()
 
     def parts(self) -> Iterator[str]:
@@ -437,10 +443,8 @@ class _Page:
         )
 
     def _body(self, run: Timeline, step: TimelineStep) -> Iterator[str]:
-        waited = (
-            f", after it had waited {_duration(step.waited)}" if step.waited else ""
-        )
-        yield f"<p>{step.state.value.capitalize()}{waited}.</p>"
+        words = self._circumstances(run, step)
+        yield f"<p>{step.state.value.capitalize()}{words}.</p>"
         if len(step.attempts) > 1:
             yield from self._attempts(step)
         if step.error is not None:
@@ -461,6 +465,19 @@ class _Page:
                 len(lines) > _MOST_LINKS
             )
             yield f"<h3>Log lines</h3><p>{links}{more}</p>"
+
+    def _circumstances(self, run: Timeline, step: TimelineStep) -> str:
+        words = f", after it had waited {_duration(step.waited)}" if step.waited else ""
+        failed = self._failed.get((run.run_id, step.item_index), {})
+        if step.state is StepState.FAILED and run.graph is not None:
+            # The server lets a step fail whose input cannot be had, with the same words.
+            sources = _sources(run.graph, step.step_index)
+            names = [
+                _text(_cut(failed[each], 80)) for each in sources if each in failed
+            ]
+            if names:
+                words += f", since what it takes from {', '.join(names)} is not there"
+        return words
 
     def _attempts(self, step: TimelineStep) -> Iterator[str]:
         yield (
@@ -570,11 +587,14 @@ class _Page:
             )
             rows = self._item_steps(self._timeline, steps, inner, axis, 0)
             yield from self._chart(axis, rows)
-            if item.error is not None:
-                yield self._error(item.error)
-            elif item.state is StepState.COMPLETED:
-                yield self._values.block("Output", item.output)
-            yield "</details>"
+            yield f'<div class="body">{self._end_of(item)}</div></details>'
+
+    def _end_of(self, item: TimelineItem) -> str:
+        if item.error is not None:
+            return self._error(item.error)
+        if item.state is StepState.COMPLETED:
+            return self._values.block("Output", item.output)
+        return ""
 
     def _chosen(self) -> list[TimelineItem]:
         items = self._timeline.items
@@ -676,6 +696,13 @@ def _definition(graph: Graph | None, step: TimelineStep) -> GraphStep | None:
     if graph is None or not step.step_index < len(graph.steps):
         return None
     return graph.steps[step.step_index]
+
+
+def _sources(graph: Graph, place: int) -> Iterator[int]:
+    """The steps that a step takes something from."""
+    for edge in graph.edges:
+        if edge.target == place and edge.source is not None:
+            yield edge.source
 
 
 _LATEST: Final = datetime.max.replace(tzinfo=UTC)

@@ -61,6 +61,7 @@ overflow:hidden}
 .track i.pause{background-color:var(--waiting);opacity:.55}
 .track i.run{top:10px;height:6px;background:var(--rule);border:1px solid var(--waiting)}
 .body{padding:4px 12px 12px calc(var(--depth,0)*18px + 24px)}
+.items>.body{padding-left:24px}
 .body h3{font-size:12px;margin:10px 0 0;color:var(--soft);font-weight:600}
 .body p{margin:6px 0}.body h3 small{font-weight:400}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
@@ -76,7 +77,7 @@ td.n,th.n{text-align:right}.wide{overflow-x:auto}.wide table{width:100%}
 .items li{display:grid;grid-template-columns:64px 20px minmax(90px,22%) 80px 1fr;gap:0 10px;
 align-items:center;border-bottom:1px solid var(--rule);height:25px;content-visibility:auto;
 contain-intrinsic-size:auto 25px}
-.items .track{height:24px;background:none}.items .track i{top:8px;height:8px}
+.items li .track{height:24px;background:none}.items li .track i{top:8px;height:8px;min-width:4px}
 .items .peek{overflow:hidden;text-overflow:ellipsis;white-space:nowrap;color:var(--soft)}
 .items .n{text-align:right;font-variant-numeric:tabular-nums}
 .log{list-style:none;margin:0;padding:0}

@@ -1,6 +1,7 @@
 """Files of ours: for this user alone, and never in a place that a stranger has prepared.
 
-A leaf. Contract: nothing that is there already is changed. What is refused is refused by the
+A leaf. Contract: nothing that is there already is changed, but for a file that the user has
+asked to be written. What is refused is refused by the
 rule of Linux (fs.protected_symlinks, fs.protected_regular), also where that is turned off,
 and for those ways that it does not see: a link that is looked up before it is followed,
 what sqlite opens beside a store. Who plants something between our look and our use of it
@@ -15,7 +16,7 @@ import stat
 from pathlib import Path
 from typing import Final
 
-__all__ = ["PRIVATE", "check_unplanted", "create_private"]
+__all__ = ["PRIVATE", "check_unplanted", "create_private", "write_private"]
 
 # For this user to read and write, and nobody else.
 PRIVATE: Final = 0o600
@@ -32,6 +33,19 @@ def create_private(path: Path) -> None:
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
     os.close(os.open(path, flags, PRIVATE))
+
+
+def write_private(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file that the user has asked for; if it is new, it is nobody else's to read.
+
+    One that is there is written over, and keeps its mode.
+
+    :raises OSError: if it cannot be written, or is what a stranger has put there
+    """
+    check_unplanted(path)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0)
+    with open(os.open(path, flags | getattr(os, "O_BINARY", 0), PRIVATE), "wb") as file:
+        file.write(content)
 
 
 def check_unplanted(path: str | os.PathLike[str]) -> None:

@@ -182,10 +182,10 @@ class Timeline(msgspec.Struct, frozen=True, kw_only=True):
         return between(self.started, self.ended or self.seen)
 
     @property
-    def states(self) -> dict[str | tuple[str, ...], StepState]:
+    def states(self) -> dict[tuple[str, ...], StepState]:
         """How the steps of the workflow stand, those of nested flows too, over all items.
 
-        It is what :meth:`Graph.svg` and :meth:`Graph.mermaid` take.
+        By their ids: ``("outer", "inner")`` is a step of a flow that stands in a step. It is what :meth:`Graph.svg` and :meth:`Graph.mermaid` take.
         """
         found: dict[tuple[str, ...], Counter[StepState]] = {}
         self._count(found, ())

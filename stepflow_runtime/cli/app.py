@@ -3,7 +3,7 @@
 Standard output carries results only, as JSON, to be piped; everything else goes to
 standard error. Exit codes: 0 the flow succeeded, 1 it failed (the result says why), 2 the
 command, its input or the workflow is wrong, 3 the server could not be started or died. The
-command ``doctor`` has a room and exit codes of its own.
+commands ``doctor`` and ``visualize`` have rooms of their own.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ..logs.config import LogConfig
 from ..runtime import StepflowRuntime
 from ..server.diagnosis import without_ansi
 from .doctor import doctor
+from .visualize import visualize
 
 __all__ = ["app"]
 
@@ -47,6 +48,7 @@ def command() -> None:
 
 
 app.command()(doctor)
+app.command()(visualize)
 
 
 @app.command()

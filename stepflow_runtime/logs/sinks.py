@@ -36,6 +36,8 @@ _FIRST_LOOK: Final = 1000
 # For the lines of several runs, which takes some microseconds a line.
 _LOOK_BACK: Final = 100_000
 
+_OF_RETRY: Final = "Retrying step "
+
 
 class Hiding(Protocol):
     """Knows what is to be hidden; false if that is nothing."""
@@ -181,14 +183,22 @@ class LogHub:
         ]
 
     def of_runs(self, run_ids: Sequence[str], limit: int) -> list[LogEntry]:
-        """Return the newest entries that name one of these runs, the newest last."""
-        mentioned = [each.encode() for each in run_ids]
+        """Return the newest entries that name one of these runs, the newest last.
+
+        And those of retries: the server names no run in them, or any.
+        """
+        mentioned = [_OF_RETRY.encode(), *(each.encode() for each in run_ids)]
         found = (
             _entry_of(line)
             for line in reversed(self._ring.newest(_LOOK_BACK))
             if not isinstance(line, bytes) or any(each in line for each in mentioned)
         )
-        newest = islice((each for each in found if each.run_id in run_ids), limit)
+        wanted = (
+            each
+            for each in found
+            if each.run_id in run_ids or each.message.startswith(_OF_RETRY)
+        )
+        newest = islice(wanted, limit)
         return list(newest)[::-1]
 
     def _read(
