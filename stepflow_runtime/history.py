@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -57,6 +57,7 @@ _QUIET_OF_ENDED: Final = 5.0
 # Of the run and its sub-runs together: steps of items.
 _MOST_STEPS: Final = 200_000
 _MOST_SUB_RUNS: Final = 1_000
+_DEEPEST: Final = 50
 
 # Of so many items at most, and of so many sub-runs, the outputs of steps are asked for: of
 # those that failed first, and then of the others.
@@ -111,7 +112,7 @@ async def read_timeline(source: Source, run_id: str) -> Timeline:
     info = await source.run(run_id)
     # A run that was cancelled goes on all the same.
     is_over = info.status in _OVER
-    seen = info.completed_at if is_over else await source.now()
+    seen = _aware(info.completed_at if is_over else await source.now())
     history = _History(info)
     await history.read_events(source, seen)
     await history.read_flow(source)
@@ -146,6 +147,7 @@ class _Run:
     flow_id: str | None = None
     item_count: int = 1
     parent: _Run | None = None
+    depth: int = 0
     begun_by: frozenset[tuple[int, int]] = frozenset()
     status: RunStatus = RunStatus.RUNNING
     started: datetime | None = None
@@ -160,7 +162,7 @@ class _Run:
 
     def step_id(self, place: int, told: str) -> str:
         """What the events tell comes last: those of sub-runs are wrong."""
-        if self.graph is not None and place < len(self.graph.steps):
+        if self.graph is not None and 0 <= place < len(self.graph.steps):
             return self.graph.steps[place].id
         if (known := self.ids.get(place)) is not None:
             return known
@@ -169,7 +171,7 @@ class _Run:
     def fits(self, graph: Graph) -> bool:
         """Whether it can be the graph of this run, by the steps that it has."""
         ids = [step.id for step in graph.steps]
-        return all(place < len(ids) for _, place in self.steps) and all(
+        return all(0 <= place < len(ids) for _, place in self.steps) and all(
             ids[place] == step_id for place, step_id in self.ids.items()
         )
 
@@ -199,7 +201,7 @@ class _Run:
         return items.pop() if len(items) == 1 else None
 
     def component(self, place: int) -> str | None:
-        if self.graph is not None and place < len(self.graph.steps):
+        if self.graph is not None and 0 <= place < len(self.graph.steps):
             return self.graph.steps[place].component or None
         return None
 
@@ -208,10 +210,10 @@ class _History:
     def __init__(self, info: RunInfo) -> None:
         self._info = info
         self._root = _Run(
-            info.run_id, info.flow_id, info.items.total, started=info.created_at
+            info.run_id, info.flow_id, info.items.total, started=_aware(info.created_at)
         )
         self._root.status = info.status
-        self._root.ended = info.completed_at
+        self._root.ended = _aware(info.completed_at)
         self._runs = {info.run_id: self._root}
         self._steps = 0
         self._left_out: Counter[str] = Counter()
@@ -241,6 +243,8 @@ class _History:
             events.close()
 
     def _take(self, event: RunEvent) -> None:
+        if event.timestamp is not None and event.timestamp.tzinfo is None:
+            event = msgspec.structs.replace(event, timestamp=_aware(event.timestamp))
         if isinstance(event, SubRunCreated):
             self._take_sub_run(event)
         elif (run := self._runs.get(event.run_id)) is not None:
@@ -283,12 +287,14 @@ class _History:
 
     def _take_sub_run(self, event: SubRunCreated) -> None:
         parent = self._runs.get(event.parent_run_id)
-        if parent is None or len(self._runs) > _MOST_SUB_RUNS:
+        is_one_too_many = len(self._runs) > _MOST_SUB_RUNS
+        if parent is None or is_one_too_many or parent.depth == _DEEPEST:
             self._left_out["sub-runs"] += 1
             return
         if event.run_id in self._runs:  # told again after a restart
             return
         run = _Run(event.run_id, event.flow_id, event.item_count, parent)
+        run.depth = parent.depth + 1
         run.started = event.timestamp
         # The events do not say which step has started it.
         run.begun_by = frozenset(parent.running)
@@ -540,8 +546,16 @@ def _of_retry(
     )
 
 
+def _aware(time: datetime | None) -> datetime | None:
+    """Servers tell the offset; times with and without one cannot be compared."""
+    if time is None or time.tzinfo is not None:
+        return time
+    return time.replace(tzinfo=UTC)
+
+
 def _is_after(event: RunEvent, until: datetime | None) -> bool:
-    return until is not None and event.timestamp is not None and event.timestamp > until
+    time = _aware(event.timestamp)
+    return until is not None and time is not None and time > until
 
 
 def _state(step: _Step, run: RunStatus) -> StepState | None:

@@ -39,7 +39,7 @@ _POLICY: Final = (
 
 # So many items are shown step by step on one axis; of more, some on axes of their own.
 _FEW_ITEMS: Final = 20
-_MOST_SHOWN: Final = 30
+_MOST_SHOWN: Final = 20
 _MOST_ROWS: Final = 1_500
 _CHUNK: Final = 500
 
@@ -360,18 +360,18 @@ class _Page:
         for step in run.steps:
             by_item.setdefault(step.item_index, []).append(step)
         inner = _by_parent(run)
-        for item in run.items:
-            if len(run.items) > 1:
-                if not self._take_row(len(by_item.get(item.index, ())) + 1):
+        several = len(run.items) > 1
+        chosen = run.items if len(run.items) <= _FEW_ITEMS else _worth_seeing(run.items)
+        for item in chosen:
+            steps = by_item.get(item.index, ())
+            if several:
+                if not self._take_row(len(steps) + 1):
                     continue
                 yield self._item_row(item, axis, depth)
-            yield from self._item_steps(
-                run,
-                by_item.get(item.index, ()),
-                inner,
-                axis,
-                depth + (len(run.items) > 1),
-            )
+            yield from self._item_steps(run, steps, inner, axis, depth + several)
+        if len(chosen) < len(run.items):
+            yield _more_items(run.items, chosen, depth)
+            return  # what they have started is not shown either
         for sub_runs in inner.values():  # of nobody knows which item
             for sub_run in sub_runs:
                 yield from self._sub_run(sub_run, axis, depth + 1)
@@ -568,7 +568,7 @@ class _Page:
 
     def _some_items(self) -> Iterator[str]:
         """The steps of those that one will want to see, each on an axis of its own."""
-        chosen = self._chosen()
+        chosen = _worth_seeing(self._timeline.items)
         by_item: dict[int, list[TimelineStep]] = {item.index: [] for item in chosen}
         for step in self._timeline.steps:
             if step.item_index in by_item:
@@ -588,6 +588,8 @@ class _Page:
             rows = self._item_steps(self._timeline, steps, inner, axis, 0)
             yield from self._chart(axis, rows)
             yield f'<div class="body">{self._end_of(item)}</div></details>'
+        if left := sum(map(len, inner.values())):
+            yield f"<p>{_count(left, 'sub-run')} of other items not shown.</p>"
 
     def _end_of(self, item: TimelineItem) -> str:
         if item.error is not None:
@@ -595,17 +597,6 @@ class _Page:
         if item.state is StepState.COMPLETED:
             return self._values.block("Output", item.output)
         return ""
-
-    def _chosen(self) -> list[TimelineItem]:
-        items = self._timeline.items
-        failed = [item for item in items if item.state is StepState.FAILED]
-        ended = [item for item in items if item.duration is not None]
-        longest = sorted(
-            ended, key=lambda item: item.duration or timedelta(), reverse=True
-        )
-        some = [*failed[: _MOST_SHOWN // 2], *longest[: _MOST_SHOWN // 4], *items]
-        chosen = {item.index: item for item in some}
-        return list(chosen.values())[:_MOST_SHOWN]
 
     def _all_items(self) -> Iterator[str]:
         items = self._timeline.items
@@ -678,6 +669,27 @@ def _all_runs(timeline: Timeline) -> Iterator[Timeline]:
     yield timeline
     for run in timeline.sub_runs:
         yield from _all_runs(run)
+
+
+def _worth_seeing(items: Sequence[TimelineItem]) -> Sequence[TimelineItem]:
+    """Those that failed, the longest, and the first."""
+    failed = [item for item in items if item.state is StepState.FAILED]
+    ended = [item for item in items if item.duration is not None]
+    longest = sorted(ended, key=lambda item: item.duration or timedelta(), reverse=True)
+    some = [*failed[: _MOST_SHOWN // 2], *longest[: _MOST_SHOWN // 4], *items]
+    return list({item.index: item for item in some}.values())[:_MOST_SHOWN]
+
+
+def _more_items(
+    items: Sequence[TimelineItem], chosen: Sequence[TimelineItem], depth: int
+) -> str:
+    shown = {item.index for item in chosen}
+    others = [item for item in items if item.index not in shown]
+    return (
+        f'<div class="row run"><span class="name" style="--depth:{depth}">'
+        f"{_count(len(others), 'more item')}<small>"
+        f"{_counted(Counter(item.state for item in others))}</small></span></div>"
+    )
 
 
 def _by_parent(
