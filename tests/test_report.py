@@ -7,27 +7,44 @@ import shutil
 import subprocess
 import time
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import anyio
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepflow_runtime import (
     FlowError,
+    FlowResult,
+    FlowStatus,
     Graph,
+    ItemCounts,
     LogEntry,
     Omitted,
+    RunCompleted,
+    RunCreated,
+    RunEvent,
+    RunInfo,
     RunStatus,
     StepAttempt,
+    StepCompleted,
+    StepInfo,
+    StepReady,
+    StepsNeeded,
+    StepStarted,
     StepState,
+    SubRunCreated,
     Timeline,
     TimelineItem,
     TimelineLog,
     TimelineStep,
 )
+from stepflow_runtime.following import EventFollower
+from stepflow_runtime.history import Source, read_timeline
 
 NOON = datetime(2026, 11, 24, 12, tzinfo=UTC)
 
@@ -143,7 +160,7 @@ def timelines(draw: st.DrawFn, depth: int = 0) -> Timeline:
     text = draw(st.lists(TEXT, min_size=8, max_size=8))
     error = FlowError(code=text[0], message=text[1])
     state = draw(st.sampled_from(StepState))
-    count = draw(st.sampled_from([1, 2, 25]))
+    count = draw(st.sampled_from([1, 2, 21]))
     flow = {
         "name": text[2],
         "steps": [{"id": text[3], "component": text[4], "input": text}],
@@ -199,7 +216,7 @@ def timelines(draw: st.DrawFn, depth: int = 0) -> Timeline:
     )
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(timelines())
 def test_no_text_is_more_than_text(timeline: Timeline) -> None:
     reader = check(timeline.html())
@@ -207,6 +224,136 @@ def test_no_text_is_more_than_text(timeline: Timeline) -> None:
     shown = "".join(each if each.isprintable() else "\ufffd" for each in title)
     texts = "".join(reader.texts).replace("\n", "\ufffd").replace("\t", "\ufffd")
     assert shown[:90] in texts
+
+
+# -- whatever a server says -----------------------------------------------------------
+
+PLACES = st.sampled_from([0, 1, 2, -1, 10**9, -(10**9)])
+TIMES = st.none() | st.sampled_from(
+    [NOON, at(5), at(-5), NOON.replace(tzinfo=None), datetime.max.replace(tzinfo=UTC)]
+)
+RUNS = st.sampled_from(["r", "s", "t", "", "\ud800"])
+EVENTS = st.lists(
+    st.one_of(
+        *(
+            st.builds(
+                kind,
+                sequence_number=PLACES,
+                run_id=RUNS,
+                timestamp=TIMES,
+                **{
+                    name: values
+                    for name, values in {
+                        "item_index": PLACES,
+                        "step_index": PLACES,
+                        "step_id": TEXT,
+                        "step_ids": st.tuples(st.sampled_from(["a", "b", "?"])),
+                        "attempt": PLACES,
+                        "status": st.sampled_from(RunStatus),
+                        "parent_run_id": RUNS,
+                        "item_count": PLACES,
+                    }.items()
+                    if name in kind.__struct_fields__
+                },
+            )
+            for kind in (StepsNeeded, StepReady, StepStarted, StepCompleted)
+            + (RunCreated, SubRunCreated, RunCompleted)
+        )
+    ),
+    max_size=12,
+)
+INFOS = st.builds(
+    RunInfo,
+    run_id=st.just("r"),
+    status=st.sampled_from(RunStatus),
+    flow_id=st.none() | st.just("f"),
+    items=st.builds(ItemCounts, total=PLACES),
+    created_at=TIMES,
+    completed_at=TIMES,
+)
+STEP_INFOS = st.builds(
+    StepInfo,
+    step_id=TEXT,
+    status=st.sampled_from(RunStatus),
+    step_index=PLACES,
+    item_index=PLACES,
+    error=st.none() | st.builds(FlowError, code=TEXT, message=TEXT),
+)
+RESULTS = st.builds(
+    FlowResult,
+    status=st.sampled_from(FlowStatus),
+    run_id=st.just("r"),
+    item_index=PLACES,
+    error=st.none() | st.builds(FlowError, code=TEXT, message=TEXT),
+)
+
+
+class Played:
+    """Events that a server has sent, and no more."""
+
+    def __init__(self, events: list[RunEvent]) -> None:
+        self._events = iter(events)
+
+    def __aiter__(self) -> Played:
+        return self
+
+    async def __anext__(self) -> RunEvent:
+        for event in self._events:
+            return event
+        raise StopAsyncIteration
+
+    def close(self) -> None: ...
+
+
+@settings(max_examples=60)
+@given(
+    INFOS,
+    EVENTS,
+    st.lists(STEP_INFOS, max_size=3),
+    st.lists(RESULTS, max_size=3),
+    TIMES,
+)
+def test_whatever_a_server_says_makes_a_page(
+    info: RunInfo,
+    events: list[RunEvent],
+    steps: list[StepInfo],
+    results: list[FlowResult],
+    now: datetime | None,
+) -> None:
+    async def told(value: Any, *_: Any) -> Any:
+        return value
+
+    flow = {
+        "steps": [
+            {"id": "a", "component": "/x"},
+            {
+                "id": "b",
+                "component": "/map",
+                "input": {"f": {"steps": [{"component": 1}]}},
+            },
+        ]
+    }
+    messages = [
+        "item=1, step=999999999",
+        "Retrying step 'a' (reason: x, attempt: 1, delay: 9s)",
+    ]
+    entries = [
+        LogEntry(
+            timestamp=NOON, level="INFO", message=each, stream="stdout", run_id="r"
+        )
+        for each in messages
+    ]
+    source = Source(
+        run=partial(told, info),
+        document=partial(told, flow),
+        steps=partial(told, steps),
+        results=partial(told, results),
+        events=lambda run_id: cast(EventFollower, Played(events)),
+        now=partial(told, now),
+        logs=partial(told, entries),
+        logs_of_failures=lambda run_id, since, errors: told([()] * len(errors)),
+    )
+    check(anyio.run(read_timeline, source, "r").html())
 
 
 def one_step(**fields: Any) -> Timeline:
