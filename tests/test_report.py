@@ -232,7 +232,7 @@ PLACES = st.sampled_from([0, 1, 2, -1, 10**9, -(10**9)])
 TIMES = st.none() | st.sampled_from(
     [NOON, at(5), at(-5), NOON.replace(tzinfo=None), datetime.max.replace(tzinfo=UTC)]
 )
-RUNS = st.sampled_from(["r", "s", "t", "", "\ud800"])
+RUNS = st.sampled_from(["r", "r", "r", "s", "s", "t", "", "\ud800"])
 EVENTS = st.lists(
     st.one_of(
         *(
