@@ -128,9 +128,8 @@ def _neighbours(value: float) -> list[float]:
 def _parts(text: str) -> tuple[int, int]:
     """The digits of a number as one whole number, and its power of ten."""
     mantissa, _, exponent = text.lstrip("-").partition("e")
+    # The 0 of "1.0" is a digit there like any other.
     whole, _, fraction = mantissa.partition(".")
-    if fraction == "0":
-        fraction = ""
     return int(whole + fraction), int(exponent or 0) - len(fraction)
 
 

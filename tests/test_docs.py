@@ -181,6 +181,19 @@ def test_every_option_is_in_the_reference() -> None:
     assert [name for name in options if f"| `{name}` |" not in reference] == []
 
 
+def test_every_promise_of_security_is_shown_by_a_test() -> None:
+    """Each row of the threat model that promises something links to its tests, by name."""
+    page = _text("docs/explanation/security.md")
+    links = re.findall(r"\]\(\.\./\.\./(tests/\S+) \"(\w+)\"\)", page)
+    missing = [name for file, name in links if f"def {name}(" not in _text(file)]
+    assert missing == []
+    rows = [row.split(" | ") for row in page.splitlines() if row.startswith("| ")]
+    threats = [row for row in rows if len(row) == 5][1:]
+    assert len(threats) > 10
+    unproven = [row[0] for row in threats if "](../../tests/" not in row[3]]
+    assert unproven == ["| Another user of this machine"]  # the page says: nothing
+
+
 def test_the_public_names_are_these() -> None:
     assert public_names() == [
         "AccessDeniedError",

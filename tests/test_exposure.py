@@ -7,6 +7,7 @@ import errno
 import json
 import logging
 import os
+import resource
 import socket
 import struct
 import subprocess
@@ -15,6 +16,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Self
@@ -31,6 +33,7 @@ from stepflow_runtime import (
     StepflowRuntime,
 )
 from stepflow_runtime.server import confine as confine_module
+from stepflow_runtime.server import port as port_module
 from stepflow_runtime.server.confine import (
     CannotConfineError,
     Confinement,
@@ -213,7 +216,8 @@ async def test_the_port_is_on_loopback_from_its_first_moment_and_after_restarts(
                 os.kill(runtime.pid, 9)
                 assert (await runtime.run(ECHO, 1)).output == 1
                 assert runtime.port == port
-    assert seen == {"127.0.0.1"}
+                assert listening(port) == {"127.0.0.1"}
+    assert seen <= {"127.0.0.1"}  # where many sockets are, a look takes its time
 
 
 def test_likewise_of_a_hosted_runtime() -> None:
@@ -235,6 +239,16 @@ async def test_the_variable_for_the_port_is_heeded(anyio_backend: Any) -> None:
         async with StepflowRuntime.start(env={"STEPFLOW_PORT": value}) as runtime:
             assert runtime.port == (expected or runtime.port)
             assert listening(runtime.port) == {"127.0.0.1"}
+
+
+@each_backend
+async def test_a_variable_that_is_no_port_is_for_the_server_to_refuse(
+    anyio_backend: Any,
+) -> None:
+    for value in ("65536", "-1", "x"):
+        with pytest.raises(ServerStartError, match="--port"):
+            async with StepflowRuntime.start(env={"STEPFLOW_PORT": value}):
+                pytest.fail("it became ready")
 
 
 @pytest.mark.parametrize("exposure", ["public", "", None, True])
@@ -293,7 +307,7 @@ bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 bound.bind(("0.0.0.0", port))
 bound.listen()
 told += [bound.getsockname()[0], str(bound.getblocking()), str(os.get_inheritable(bound.fileno()))]
-print(*told, flush=True)
+print(" ".join(told), flush=True)
 """
 
 
@@ -333,11 +347,86 @@ def test_every_other_bind_is_as_before_also_while_nobody_here_runs(
 
 
 def in_a_thread(function: Callable[[], Any]) -> Any:
-    results: list[Any] = []
-    thread = threading.Thread(target=lambda: results.append(function()))
+    outcome: Future[Any] = Future()
+
+    def call() -> None:
+        try:
+            outcome.set_result(function())
+        except Exception as exc:  # noqa: BLE001 - raised by who waits for it
+            outcome.set_exception(exc)
+
+    thread = threading.Thread(target=call)
     thread.start()
     thread.join()
-    return results[0]
+    return outcome.result()
+
+
+def confined(port: HeldPort, program: str) -> str:
+    """What a Python program prints that is confined; its argument is the port."""
+
+    def run() -> str:
+        confinement = Confinement(port, strict=False)
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", program, str(port.number)],
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=60,
+            )
+            return done.stdout
+        finally:
+            confinement.close()
+
+    printed: str = in_a_thread(run)
+    return printed
+
+
+BINDS_AMONG_SIGNALS = """
+import signal, socket, sys
+signal.signal(signal.SIGALRM, lambda *_: None)
+signal.siginterrupt(signal.SIGALRM, False)
+signal.setitimer(signal.ITIMER_REAL, 0.0001, 0.0001)
+for _ in range(500):
+    with socket.socket() as bound:
+        bound.bind(("0.0.0.0", int(sys.argv[1])))
+signal.setitimer(signal.ITIMER_REAL, 0)
+print("bound")
+"""
+
+
+def _kernel() -> tuple[int, ...]:
+    return tuple(map(int, os.uname().release.split("-")[0].split(".")[:2]))
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or _kernel() < (5, 19), reason="as of Linux 5.19"
+)
+def test_a_signal_does_not_have_bind_ask_twice() -> None:
+    """The second time the first socket would be there already: address in use."""
+    with held(0) as port:
+        assert confined(port, BINDS_AMONG_SIGNALS) == "bound\n"
+
+
+BINDS_ONCE = """
+import socket, sys
+try:
+    socket.socket().bind(("0.0.0.0", int(sys.argv[1])))
+except OSError as exc:
+    print(exc.errno)
+"""
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_a_thread_that_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def break_down(*_: object) -> bool:
+        raise MemoryError
+
+    monkeypatch.setattr(Confinement, "_answer_next", break_down)
+    with held(0) as port:
+        assert confined(port, BINDS_ONCE) == f"{errno.ENOSYS}\n"
 
 
 @contextmanager
@@ -459,22 +548,8 @@ anyio.run(main)
 def test_a_program_that_is_confined_itself_is_told_so() -> None:
     """There can be one filter that asks; a program below one is a worker of a runtime's."""
 
-    def run(port: HeldPort) -> str:
-        confinement = Confinement(port, strict=False)
-        try:
-            done = subprocess.run(
-                [sys.executable, "-c", UNDER_A_FILTER],
-                capture_output=True,
-                text=True,
-                check=True,
-                timeout=60,
-            )
-            return done.stdout
-        finally:
-            confinement.close()
-
     with held(0) as port:
-        assert "another filter" in in_a_thread(lambda: run(port))
+        assert "another filter" in confined(port, UNDER_A_FILTER)
 
 
 @pytest.mark.parametrize(
@@ -488,6 +563,51 @@ def test_a_program_that_is_confined_itself_is_told_so() -> None:
 )
 def test_what_the_kernel_refuses_is_explained(number: int, words: str) -> None:
     assert words in str(confine_module._refusal("X", number))
+
+
+def test_a_python_without_ctypes_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ctypes", None)
+    with held(0) as port, pytest.raises(CannotConfineError, match="no ctypes"):
+        Confinement(port, strict=False)
+
+
+@pytest.mark.parametrize("spare", range(4))
+def test_a_moment_without_descriptors_opens_no_port(spare: int) -> None:
+    """That it cannot be had now does not mean that it cannot be had here."""
+
+    def confine_with(spare: int) -> None:
+        free = [os.dup(0) for _ in range(4)]
+        for fd in free:
+            os.close(fd)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free[spare], hard))
+        try:
+            Confinement(port, strict=False).close()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    with held(0) as port:
+        if spare == 3:  # two for a pipe, one for the listener
+            in_a_thread(lambda: confine_with(spare))
+            return
+        with pytest.raises(OSError, match="Too many open files") as caught:
+            in_a_thread(lambda: confine_with(spare))
+        assert not isinstance(caught.value, CannotConfineError)
+
+
+@each_backend
+async def test_nor_does_one_without_ports(
+    monkeypatch: pytest.MonkeyPatch, anyio_backend: Any
+) -> None:
+    """As where loopback is down; which port the server takes, it alone would know."""
+
+    def bound(number: int) -> socket.socket:
+        raise OSError(errno.EADDRNOTAVAIL, "Cannot assign requested address")
+
+    monkeypatch.setattr(port_module, "_bound", bound)
+    with pytest.raises(ServerStartError, match=r"no port of 127\.0\.0\.1 .* assign"):
+        async with StepflowRuntime.start():
+            pytest.fail("it became ready")
 
 
 def test_a_port_that_is_not_known_cannot_be_kept() -> None:
@@ -600,19 +720,61 @@ async def test_what_a_worker_prints_is_no_announcement(
         '{"port":-1}',
         '{"port":1e400}',
         '{"port":"x"}',
+        '{"port":1,"\\377":1}',  # printf makes it a byte that is no text
     ]
     with held(0) as port:
         command = Command(argv=(), env=os.environ, stdin=None, port=port)
-        script = "\n".join(f"echo '{line}'" for line in lines)
+        script = "\n".join(f"printf '{line}\\n'" for line in lines)
         process = await ServerProcess.spawn(fake_server(script), command)
         await process.wait_exit()
         written = process.stdout.read() or b""
-        assert [process.hear(line) for line in written.splitlines()] == [False] * 5
+        assert b'{"port":1,"\xff":1}' in written
+        assert [process.hear(line) for line in written.splitlines()] == [False] * 6
         assert process.hear(b'{"port":%d}' % port.number)
         with anyio.fail_after(5):
             assert await process.wait_port() == port.number
         await process.end(lambda: 0)
         process.close()
+
+
+def test_a_child_that_is_forked_while_we_bind_does_not_get_the_servers_socket(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It would keep the port, and let clients wait, when the server has ended."""
+    binding, over = threading.Event(), threading.Event()
+    check = confine_module._check_still_there
+
+    def check_slowly(*arguments: Any) -> None:
+        binding.set()
+        over.wait(0.2)
+        check(*arguments)
+
+    monkeypatch.setattr(confine_module, "_check_still_there", check_slowly)
+    reading, writing = os.pipe()
+    with held(0) as port:
+        binder = threading.Thread(target=confined, args=(port, BINDS_ONCE))
+        binder.start()
+        assert binding.wait(20)
+        pid = os.fork()
+        if pid == 0:
+            os.write(writing, json.dumps(listening_here()).encode())
+            os._exit(0)
+        over.set()
+        os.waitpid(pid, 0)
+        binder.join()
+    assert json.loads(os.read(reading, 10_000)) == []
+    os.close(reading)
+    os.close(writing)
+
+
+def listening_here() -> list[int]:
+    """The ports of the sockets of this process that listen."""
+    found = []
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError), socket.socket(fileno=os.dup(fd)) as copy:
+            if copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                found.append(copy.getsockname()[1])
+    return found
 
 
 def test_a_forked_child_holds_neither_the_port_nor_the_listener() -> None:

@@ -10,6 +10,7 @@ import os
 import ssl
 import threading
 import traceback
+import tracemalloc
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -39,6 +40,8 @@ CHUNKED = (
     b"HTTP/1.1 200 OK\r\nContent-Type: Text/Event-Stream; x=y\r\n"
     b"Transfer-Encoding: chunked\r\n\r\n"
 )
+GZIP = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n%b"
+HELLO = gzip.compress(b"hello", mtime=0)
 SECRET = "hunter2"
 ENCODED_SECRET = base64.b64encode(f"user:{SECRET}".encode()).decode()
 SOON = 0.2  # for timeouts that are to be over
@@ -280,14 +283,47 @@ async def test_error_statuses_and_redirections_are_answers(
     assert response == Response(status, "", b"{}")
 
 
-async def test_a_compressed_answer_is_decompressed() -> None:
-    body = gzip.compress(b"hello")
-    head = (
-        b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n"
-        % len(body)
-    )
-    async with connected(answering(head + body)) as transport:
-        assert (await transport.request("GET", "/")).body == b"hello"
+@pytest.mark.parametrize(("body", "meaning"), [(HELLO, b"hello"), (b"", b"")])
+async def test_a_compressed_answer_is_decompressed(body: bytes, meaning: bytes) -> None:
+    async with connected(answering(GZIP % (len(body), body))) as transport:
+        assert (await transport.request("GET", "/")).body == meaning
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n",
+        GZIP,
+    ],
+    ids=["length", "chunked", "gzip"],
+)
+async def test_no_more_is_taken_than_of_a_server_nearby(
+    monkeypatch: pytest.MonkeyPatch, answer: bytes
+) -> None:
+    monkeypatch.setattr(module, "LONGEST_BODY", 200_000)
+    for length in (200_000, 200_001, 20_000_000):
+        body = bytes(length)
+        if answer is GZIP:
+            body = gzip.compress(body)
+        async with connected(answering(answer % (len(body), body))) as transport:
+            if length == 200_000:
+                assert len((await transport.request("GET", "/")).body) == length
+                continue
+            tracemalloc.start()
+            lost = await failure_of(transport.request("GET", "/"))
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+        assert "longer than 200000 bytes" in str(lost)
+        # What is sent as it is fills the buffers of the server, too, which is in here.
+        assert peak < 2_000_000 or answer is not GZIP
+
+
+async def test_a_stream_is_taken_as_it_is_or_not_at_all() -> None:
+    body = gzip.compress(bytes(1_000_000))
+    async with connected(answering(GZIP % (len(body), body))) as transport:
+        lost = await failure_of(transport.stream("/"))
+    assert "not asked for" in str(lost)
 
 
 async def test_a_connection_is_used_again() -> None:
@@ -342,6 +378,10 @@ async def test_a_crowd_of_first_requests_makes_one_client(
             ),
             "not compressed as it says",
         ),
+        (GZIP % (20, HELLO[:20]), "not compressed as it says"),
+        (GZIP % (30, HELLO + b"abcde"), "not compressed as it says"),
+        (GZIP.replace(b"gzip", b"br") % (5, b"abcde"), "not asked for"),
+        (GZIP.replace(b"gzip", b"gzip, gzip") % (5, b"abcde"), "not asked for"),
     ],
 )
 async def test_what_is_not_a_whole_answer_is_a_lost_connection(

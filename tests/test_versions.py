@@ -1119,7 +1119,8 @@ def test_an_event_of_another_shape_is_unknown(kind: str, data: dict[str, Any]) -
     event = wire.event(wire.decode_event(body))
     assert isinstance(event, UnknownEvent)
     assert (event.kind, event.data, event.sequence_number) == (kind, data, 4)
-    assert event.run_id == str(data.get("runId", ""))
+    run_id = data.get("runId")
+    assert event.run_id == (run_id if isinstance(run_id, str) else "")
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ from typing import Final, NamedTuple
 if sys.platform != "win32":
     import fcntl
 
+from ..forks import forget_in_child, no_forks
 from ..logs.own import report
 from .options import Exposure
 from .port import LOOPBACK, HeldPort
@@ -60,6 +61,7 @@ _PR_SET_NO_NEW_PRIVS: Final = 38
 
 _SECCOMP_SET_MODE_FILTER: Final = 1
 _SECCOMP_FILTER_FLAG_NEW_LISTENER: Final = 1 << 3
+_SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV: Final = 1 << 5
 _SECCOMP_RET_USER_NOTIF: Final = 0x7FC00000
 _SECCOMP_RET_ALLOW: Final = 0x7FFF0000
 _SECCOMP_USER_NOTIF_FLAG_CONTINUE: Final = 1 << 0
@@ -93,6 +95,14 @@ _SOCK_FILTER: Final = struct.Struct("=HBBI")
 _LOAD: Final = 0x20  # BPF_LD | BPF_W | BPF_ABS
 _JUMP_IF_EQUAL: Final = 0x15  # BPF_JMP | BPF_JEQ | BPF_K
 _RETURN: Final = 0x06  # BPF_RET | BPF_K
+
+# A signal that comes while we answer must not have bind ask again, where the answer is
+# done already, nor fail with EINTR, which it never does otherwise. Known since Linux 5.19;
+# before, it can happen.
+_FLAGS: Final = (
+    _SECCOMP_FILTER_FLAG_NEW_LISTENER | _SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV,
+    _SECCOMP_FILTER_FLAG_NEW_LISTENER,
+)
 
 # The longest address of a socket: struct sockaddr_storage.
 _SOCKADDR_STORAGE: Final = 128
@@ -186,8 +196,12 @@ def _install() -> int:
     """Install the filter in this thread, for what it starts; return the listener.
 
     :raises CannotConfineError: if the kernel, or who confines us, does not let us
+    :raises OSError: if there is no descriptor, or memory, for it
     """
-    import ctypes  # takes 2 ms to come
+    try:
+        import ctypes  # takes 2 ms to come
+    except ImportError as exc:  # built without libffi
+        raise CannotConfineError(f"this Python has no ctypes ({exc})") from exc
 
     class SockFprog(ctypes.Structure):
         """struct sock_fprog { unsigned short len; struct sock_filter *filter; }"""
@@ -201,15 +215,18 @@ def _install() -> int:
     one, zero = ctypes.c_ulong(1), ctypes.c_ulong(0)
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, one, zero, zero, zero) != 0:
         raise _refusal("PR_SET_NO_NEW_PRIVS", ctypes.get_errno())
-    listener: int = libc.syscall(
-        ctypes.c_long(machine.seccomp),
-        ctypes.c_uint(_SECCOMP_SET_MODE_FILTER),
-        ctypes.c_uint(_SECCOMP_FILTER_FLAG_NEW_LISTENER),
-        ctypes.byref(fprog),
-    )
-    if listener < 0:
-        raise _refusal("SECCOMP_FILTER_FLAG_NEW_LISTENER", ctypes.get_errno())
-    return listener
+    for flags in _FLAGS:
+        listener: int = libc.syscall(
+            ctypes.c_long(machine.seccomp),
+            ctypes.c_uint(_SECCOMP_SET_MODE_FILTER),
+            ctypes.c_uint(flags),
+            ctypes.byref(fprog),
+        )
+        if listener >= 0:
+            return listener
+        if (number := ctypes.get_errno()) != errno.EINVAL:
+            break
+    raise _refusal("SECCOMP_FILTER_FLAG_NEW_LISTENER", number)
 
 
 _REASONS: Final = {
@@ -220,7 +237,14 @@ _REASONS: Final = {
 }
 
 
-def _refusal(what: str, number: int) -> CannotConfineError:
+# What may be there in a moment says nothing of the machine: the start fails, as it does
+# where there is none of it for the rest, and no port is opened for it.
+_EXHAUSTED: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+def _refusal(what: str, number: int) -> OSError:
+    if number in _EXHAUSTED:
+        return OSError(number, os.strerror(number))
     reason = _REASONS.get(number, "a container's profile may forbid it")
     return CannotConfineError(
         f"seccomp's {what} is refused ({os.strerror(number)}): {reason}"
@@ -279,8 +303,6 @@ class Unconfined:
     def close(self) -> None:
         pass
 
-    forget = close
-
 
 class _Question(NamedTuple):
     """Somebody calls bind(2), and waits.
@@ -306,6 +328,8 @@ class Confinement:
     :param strict: if the port cannot be kept on loopback after all, let the server have
         none, instead of one that is open
     :raises CannotConfineError: if it cannot be had
+    :raises OSError: if there is no descriptor, or memory, for it
+    :raises RuntimeError: if there is no thread
     """
 
     def __init__(self, port: HeldPort, *, strict: bool) -> None:
@@ -324,6 +348,7 @@ class Confinement:
         self._thread = threading.Thread(
             target=self._serve, daemon=True, name="stepflow-runtime loopback"
         )
+        forget_in_child(self)
         self._start()
 
     @property
@@ -346,25 +371,32 @@ class Confinement:
         """Start the thread that answers, and install the filter in the calling one."""
         try:
             self._thread.start()
-        except RuntimeError as exc:
+        except RuntimeError:
             self.forget()
-            raise CannotConfineError(str(exc)) from exc
+            raise
         try:
             self._listener = _install()
         finally:
             self._is_installed.set()
 
     def _serve(self) -> None:
-        self._is_installed.wait()
-        if self._listener is not None:
-            waiting = select.poll()
-            waiting.register(self._bell, select.POLLIN)
-            waiting.register(self._listener, select.POLLIN)
-            # The listener hangs up when the last process that has the filter is gone.
-            while waiting.poll() == [(self._listener, select.POLLIN)]:
-                if not self._answer_next(self._listener):
-                    break
-        self._end()
+        try:
+            self._is_installed.wait()
+            if self._listener is not None:
+                self._answer_all(self._listener)
+        finally:
+            # Whoever asks from now on must not wait, also if something went wrong here.
+            with no_forks():  # a child would not know what is left to close
+                self._end()
+
+    def _answer_all(self, listener: int) -> None:
+        waiting = select.poll()
+        waiting.register(self._bell, select.POLLIN)
+        waiting.register(listener, select.POLLIN)
+        # The listener hangs up when the last process that has the filter is gone.
+        while waiting.poll() == [(listener, select.POLLIN)]:
+            if not self._answer_next(listener):
+                break
 
     def _end(self) -> None:
         with self._lock:
@@ -405,20 +437,15 @@ class Confinement:
             return None
         if not _is_in_our_network(question.asker):
             return self._give_way("its process has a network namespace of its own")
-        try:
-            replacement = self._socket(*there, blocking=_is_blocking(question))
-        except OSError as exc:
-            return exc.errno or errno.EINVAL  # what the server would have heard
-        with replacement:
-            _check_still_there(listener, question)
-            addfd = _NOTIF_ADDFD.pack(
-                question.id,
-                _SECCOMP_ADDFD_FLAG_SETFD,
-                replacement.fileno(),
-                question.fd,
-                os.O_CLOEXEC,
-            )
-            fcntl.ioctl(listener, _SECCOMP_IOCTL_NOTIF_ADDFD, addfd)
+        blocking = _is_blocking(question)
+        # A forked child would keep it, and so the port, when the server has ended.
+        with no_forks():
+            try:
+                replacement = self._socket(*there, blocking=blocking)
+            except OSError as exc:
+                return exc.errno or errno.EINVAL  # what the server would have heard
+            with replacement:
+                _replace(listener, question, replacement)
         self._is_kept = True
         return 0
 
@@ -460,10 +487,11 @@ class Confinement:
 
 def _memory(question: _Question) -> bytes:
     """The address that is asked for, from the memory of who asks."""
+    if question.length > _SOCKADDR_STORAGE:
+        return b""  # bind refuses it
     fd = os.open(f"/proc/{question.asker}/mem", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        length = min(question.length, _SOCKADDR_STORAGE)
-        return os.pread(fd, length, question.address)
+        return os.pread(fd, question.length, question.address)
     finally:
         os.close(fd)
 
@@ -483,6 +511,22 @@ def _is_blocking(question: _Question) -> bool:
 def _is_in_our_network(asker: int) -> bool:
     theirs, ours = os.stat(f"/proc/{asker}/ns/net"), os.stat("/proc/self/ns/net")
     return (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino)
+
+
+def _replace(listener: int, question: _Question, replacement: socket.socket) -> None:
+    """Put it in the place of the socket of who asks.
+
+    :raises OSError: if nobody asks any more
+    """
+    _check_still_there(listener, question)
+    addfd = _NOTIF_ADDFD.pack(
+        question.id,
+        _SECCOMP_ADDFD_FLAG_SETFD,
+        replacement.fileno(),
+        question.fd,
+        os.O_CLOEXEC,
+    )
+    fcntl.ioctl(listener, _SECCOMP_IOCTL_NOTIF_ADDFD, addfd)
 
 
 def _check_still_there(listener: int, question: _Question) -> None:

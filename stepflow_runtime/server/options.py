@@ -226,9 +226,10 @@ class ServerOptions:
         if (given := self._given("PORT")) is None:
             return self.port or 0
         try:
-            return int(given)
+            port = int(given)
         except ValueError:
             return None  # it will say that this is no port
+        return port if 0 <= port <= 65535 else None
 
     @property
     def is_whole(self) -> bool:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import socket
 import sys
 import threading
-from contextlib import suppress
 from typing import Final
 
 from ..forks import forget_in_child, no_forks
@@ -47,6 +46,7 @@ class HeldPort:
         """Take a port. One that cannot be had is not held: the server will say why.
 
         :param number: 0 for one that is free
+        :raises OSError: if none is
         """
         self.number = number
         if sys.platform != "linux":
@@ -54,8 +54,12 @@ class HeldPort:
         with no_forks(), self._lock:  # a forked child must know what to close
             if self._is_released:
                 return
-            with suppress(OSError):
+            try:
                 self._holder = _bound(number)
+            except OSError:
+                if number == 0:
+                    raise
+            else:
                 self.number = self._holder.getsockname()[1]
 
     def lend(self) -> None:
@@ -68,11 +72,11 @@ class HeldPort:
 
     def release(self) -> None:
         """Hold it no longer, and never again."""
-        with self._lock:
+        with no_forks(), self._lock:
             self._is_released = True
             holder, self._holder = self._holder, None
-        if holder is not None:
-            holder.close()
+            if holder is not None:
+                holder.close()
 
     def forget(self) -> None:
         """The same in a forked child, where nobody is in here, whatever the lock says."""

@@ -22,6 +22,7 @@ from typing import Annotated, Final
 import anyio
 import msgspec
 
+from .. import wire
 from ..errors import ServerStartError
 from ..logs.entry import LogEntry
 from ..logs.own import report
@@ -157,7 +158,7 @@ class ServerProcess:
             return False
         try:
             port = _decode_announcement(line).port
-        except msgspec.DecodeError:
+        except wire.NOT_UNDERSTOOD:
             return False
         if port != (self._port or port):
             return False

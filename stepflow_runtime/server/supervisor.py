@@ -50,7 +50,7 @@ from .guard import MARK
 from .incarnation import Incarnation
 from .life import Life
 from .options import Command, ServerOptions
-from .port import HeldPort
+from .port import LOOPBACK, HeldPort
 from .process import LONGEST_KILL, ServerExit
 from .state import Journal, RuntimeState
 from .storage import Keeping
@@ -474,7 +474,7 @@ class Supervisor:
             binary = find_binary(options.binary, os.environ)
             self._open_logs()
             if (port := options.wanted_port()) is not None:
-                self._port.take(port)
+                self._take_port(port)
             self._guard.engage()
             self.keeping = keeping = options.keeping()
             self.logs.hide(keeping.secrets | options.secrets())
@@ -494,6 +494,10 @@ class Supervisor:
         except OSError as exc:
             raise ServerStartError(
                 f"the working directory cannot be used: {exc}"
+            ) from exc
+        except RuntimeError as exc:  # no thread to be had
+            raise ServerStartError(
+                f"the Stepflow server cannot be started: {exc}"
             ) from exc
         except ServerStartError:
             # A wait that was cancelled has not failed.
@@ -543,6 +547,14 @@ class Supervisor:
         is_own = path is None or is_shared
         made = uuid.uuid4() if is_own else uuid.uuid5(uuid.NAMESPACE_URL, str(path))
         return f"stepflow-runtime-{made}"
+
+    def _take_port(self, number: int) -> None:
+        try:
+            self._port.take(number)
+        except OSError as exc:
+            raise ServerStartError(
+                f"no port of {LOOPBACK} is to be had: {exc}"
+            ) from exc
 
     def _open_logs(self) -> None:
         try:

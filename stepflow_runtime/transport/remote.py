@@ -4,7 +4,8 @@ Contract: an httpx client belongs to one event loop, so every request is a job o
 and its caller may be in any loop or thread, and goes at once when it is cancelled. No
 exception of httpx gets out, nor any text of one that may quote a header or a proxy's URL,
 and so credentials. That a request was not sent is claimed only where httpx itself
-has told us how far it came.
+has told us how far it came. Of an answer no more is kept than of a server nearby, also of
+what it becomes when it is decompressed.
 
 The module is imported only where it is wanted: nothing else in the library needs httpx.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import ssl
 import weakref
+import zlib
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -30,6 +32,7 @@ from ..forks import forget_in_child
 from ..loops import Announcer, current_loop
 from ..threads import run_blocking
 from . import NO_HEADERS, Heir, Response
+from .http1 import LONGEST_BODY
 
 __all__ = ["RemoteTransport"]
 
@@ -54,6 +57,11 @@ _CLOSING_BUDGET: Final = 5.0
 
 # What a stream's reader may be behind. A chunk has 64 KiB at most.
 _BUFFERED_CHUNKS: Final = 8
+
+
+_NOT_ASKED_FOR: Final = (
+    "the server's answer is compressed in a way that was not asked for"
+)
 
 
 class RemoteTransport:
@@ -110,6 +118,7 @@ class RemoteTransport:
         await anyio.lowlevel.checkpoint_if_cancelled()
         all_headers = {
             "accept": "application/json",
+            "accept-encoding": "gzip",
             **({} if body is None else {"content-type": "application/json"}),
             **self._headers,
             **_lowered(headers),
@@ -247,6 +256,8 @@ class RemoteTransport:
         try:
             with call.explained():
                 async with self._answer(call, "GET", path, None, headers) as answer:
+                    if _compression(answer):
+                        raise ConnectionLostError(_NOT_ASKED_FOR)
                     buffer.begin(answer.status_code, _media_type(answer))
                     await _pour(answer, buffer)
             buffer.end()
@@ -328,12 +339,54 @@ async def _inherit(job: Job[Response], heir: Heir) -> None:
 async def _body(answer: httpx.Response) -> bytes:
     if answer.is_stream_consumed:
         return await answer.aread()  # an event hook of the caller's client has read it
-    content = b"".join([part async for part in answer.aiter_raw()])
-    # Decoded here, by an answer that has it all: where decoding fails on the way, httpx
-    # leaves generators behind, of which trio complains.
-    return httpx.Response(
-        answer.status_code, headers=answer.headers, content=content
-    ).content
+    take_in = _Intake(_compression(answer))
+    chunks = answer.aiter_raw()
+    try:
+        async for chunk in chunks:
+            take_in(chunk)
+    finally:
+        await _finish(answer, chunks)
+    return take_in.whole()
+
+
+class _Intake:
+    """The body of an answer, decompressed as it comes, and refused when it gets too long.
+
+    httpx decompresses by itself, but as much as a chunk holds: some kilobytes may be
+    gigabytes.
+    """
+
+    def __init__(self, compression: str) -> None:
+        if compression not in ("", "gzip"):
+            raise ConnectionLostError(_NOT_ASKED_FOR)
+        self._content = bytearray()
+        self._inflater = zlib.decompressobj(wbits=31) if compression else None
+        self._has_begun = False
+
+    def __call__(self, chunk: bytes) -> None:
+        self._has_begun = self._has_begun or bool(chunk)
+        room = LONGEST_BODY - len(self._content)
+        self._content += self._inflated(chunk, room + 1)
+        if len(self._content) > LONGEST_BODY:
+            raise ConnectionLostError(
+                f"the body of the server's answer is longer than {LONGEST_BODY} bytes"
+            )
+
+    def whole(self) -> bytes:
+        if self._inflater is not None and self._has_begun and not self._inflater.eof:
+            raise httpx.DecodingError("cut off")
+        return bytes(self._content)
+
+    def _inflated(self, chunk: bytes, at_most: int) -> bytes:
+        if self._inflater is None:
+            return chunk
+        try:
+            inflated = self._inflater.decompress(chunk, at_most)
+        except zlib.error as exc:
+            raise httpx.DecodingError(str(exc)) from exc
+        if self._inflater.unused_data:  # it would be kept, without an end
+            raise httpx.DecodingError("something follows")
+        return inflated
 
 
 async def _pour(answer: httpx.Response, buffer: _Buffer) -> None:
@@ -649,6 +702,13 @@ def _lowered(headers: Mapping[str, str]) -> dict[str, str]:
 def _media_type(answer: httpx.Response) -> str:
     value: str = answer.headers.get("content-type", "")
     return value.partition(";")[0].strip().lower()
+
+
+def _compression(answer: httpx.Response) -> str:
+    """How the body is compressed; empty if it is not."""
+    value: str = answer.headers.get("content-encoding", "")
+    compression = value.strip().lower()
+    return "" if compression == "identity" else compression
 
 
 # -- streams ---------------------------------------------------------------------------

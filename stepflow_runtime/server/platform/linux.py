@@ -32,6 +32,7 @@ from .posix import (
     Bell,
     Pipe,
     PosixChild,
+    all_pids,
     filled_pipe,
     nothing,
     start,
@@ -147,10 +148,6 @@ class LinuxChild(PosixChild):
         codes = (_exit_code_of_zombie(child.pid) for child in children)
         return [code for code in codes if code is not None]
 
-    def forget(self) -> None:
-        self._confinement.forget()
-        super().forget()
-
     def close(self) -> None:
         super().close()
         self._confinement.close()
@@ -203,9 +200,7 @@ class LinuxChild(PosixChild):
         As they do where we are the first process of a container: orphans fall to that, and
         nobody else would ever reap them.
         """
-        import psutil
-
-        for pid in psutil.pids():
+        for pid in all_pids():
             if pid != self.pid and self._is_member(pid):
                 try:
                     os.waitpid(pid, os.WNOHANG)

@@ -33,6 +33,7 @@ __all__ = [
     "Bell",
     "Pipe",
     "PosixChild",
+    "all_pids",
     "filled_pipe",
     "is_alive",
     "nothing",
@@ -262,6 +263,19 @@ def filled_pipe(
     return reading
 
 
+def all_pids() -> list[int]:
+    """Of all processes there are.
+
+    :raises OSError: if the system does not tell: without /proc, or a descriptor for it
+    """
+    import psutil
+
+    try:
+        return psutil.pids()
+    except IndexError:  # psutil takes it for granted that there is one, at least
+        raise OSError(errno.ENOENT, "no processes are to be seen (no /proc?)") from None
+
+
 def is_alive(pid: int) -> bool:
     """False for a zombie, and for nobody."""
     import psutil
@@ -362,11 +376,9 @@ class PosixChild(ABC):
 
     def _members(self, spare_leader: bool) -> list[int]:
         """The session's living processes; zombies only wait for their parents."""
-        import psutil
-
         return [
             pid
-            for pid in psutil.pids()
+            for pid in all_pids()
             if self._is_member(pid)
             and not (spare_leader and pid == self.pid)
             and is_alive(pid)
