@@ -705,7 +705,7 @@ def _by_parent(
 
 
 def _definition(graph: Graph | None, step: TimelineStep) -> GraphStep | None:
-    if graph is None or not step.step_index < len(graph.steps):
+    if graph is None or not 0 <= step.step_index < len(graph.steps):
         return None
     return graph.steps[step.step_index]
 
