@@ -64,6 +64,10 @@ if TYPE_CHECKING:
     from .executor import StepflowExecutor as StepflowExecutor
     from .executor import StepInfo as StepInfo
     from .executor import ValidationResult as ValidationResult
+    from .graph import Edge as Edge
+    from .graph import Graph as Graph
+    from .graph import GraphStep as GraphStep
+    from .graph import StepState as StepState
     from .logs.config import LogConfig as LogConfig
     from .logs.entry import LogEntry as LogEntry
     from .logs.ring import LogFollower as LogFollower
@@ -72,6 +76,12 @@ if TYPE_CHECKING:
     from .server.restart import RestartPolicy as RestartPolicy
     from .server.state import RuntimeState as RuntimeState
     from .server.state import StateChange as StateChange
+    from .timeline import Omitted as Omitted
+    from .timeline import StepAttempt as StepAttempt
+    from .timeline import Timeline as Timeline
+    from .timeline import TimelineItem as TimelineItem
+    from .timeline import TimelineLog as TimelineLog
+    from .timeline import TimelineStep as TimelineStep
 
 __version__ = "0.1.0"
 
@@ -135,6 +145,12 @@ _PLACES = {
         "StepInfo",
         "ValidationResult",
     ),
+    "graph": (
+        "Edge",
+        "Graph",
+        "GraphStep",
+        "StepState",
+    ),
     "logs.config": ("LogConfig",),
     "logs.entry": ("LogEntry",),
     "logs.ring": ("LogFollower",),
@@ -144,6 +160,14 @@ _PLACES = {
     "server.state": (
         "RuntimeState",
         "StateChange",
+    ),
+    "timeline": (
+        "Omitted",
+        "StepAttempt",
+        "Timeline",
+        "TimelineItem",
+        "TimelineLog",
+        "TimelineStep",
     ),
 }
 _MODULES = {name: module for module, names in _PLACES.items() for name in names}

@@ -24,7 +24,16 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, NoReturn, Self, TypeVar, TypeVarTuple, Unpack
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Final,
+    NoReturn,
+    Self,
+    TypeVar,
+    TypeVarTuple,
+    Unpack,
+)
 
 import anyio
 import anyio.lowlevel
@@ -86,6 +95,9 @@ from .refusals import refusal
 from .representable import SIXTY_FOUR_BITS, representable
 from .traffic import FREE, FreeTraffic, Hold, StoredBlob
 from .transport import NO_HEADERS, Heir, Response, Stream
+
+if TYPE_CHECKING:
+    from .timeline import Timeline
 
 __all__ = ["ApiExecutor", "SubmitMark", "next_wait_among_several"]
 
@@ -603,15 +615,18 @@ class ApiExecutor(ABC):
         """
         if item_index is not None:
             check_count("item_index", item_index, least=0)
+        with self.__traffic.hold(run_id) or await self.__traffic.wait_hold(run_id):
+            return await self.__steps(run_id, item_index)
+
+    async def __steps(self, run_id: str, item_index: int | None) -> list[StepInfo]:
         path = f"/runs/{as_segment('run_id', run_id)}"
         filters = wire.query(itemIndex=item_index)
-        with self.__traffic.hold(run_id) or await self.__traffic.wait_hold(run_id):
-            found = await self.__ask(
-                wire.decode_run_steps, "GET", f"{path}/steps{filters}", run_id=run_id
-            )
-            if not found.steps:
-                # So the server answers for a run that it does not know, too.
-                await self.__run_info(run_id)
+        found = await self.__ask(
+            wire.decode_run_steps, "GET", f"{path}/steps{filters}", run_id=run_id
+        )
+        if not found.steps:
+            # So the server answers for a run that it does not know, too.
+            await self.__run_info(run_id)
         return [wire.step_info(each) for each in found.steps]
 
     def events(
@@ -666,6 +681,47 @@ class ApiExecutor(ABC):
             lambda: self._is_gone,
             traffic,
         )
+
+    async def timeline(self, run_id: str, *, timeout: float | None = None) -> Timeline:
+        """Return what happened in a run so far, and when, to be looked at.
+
+        ``Path("run.html").write_text((await executor.timeline(run_id)).html())`` makes a
+        page of it. It takes what the journal, the steps, the results and the workflow of the
+        run take, and for an embedded server its log. Of a batch with more than 100 items,
+        the outputs of steps are left out for most; so are outputs beyond 8 MiB.
+
+        :param timeout: seconds after which it is given up
+        :raises NotFoundError: if the server does not know the run
+        :raises RunTimeoutError: if ``timeout`` seconds were over first
+
+        The rest is as for :meth:`get_result`.
+        """
+        from .history import Source, read_timeline  # only who looks pays for it
+
+        limit = _time_limit(timeout, "has not been read to its end", run_id)
+        source = Source(
+            run=self.__run_info,
+            document=lambda flow_id: self.__document(FlowId(flow_id)),
+            steps=self.__steps,
+            results=self.__results,
+            events=partial(self.__follow, include_sub_runs=True),
+            now=self.__now,
+            logs=self._logs_of_runs,
+            logs_of_failures=self._logs_of_failures,
+        )
+        hold = self.__traffic.hold(run_id) or await self.__wait_hold(limit, run_id)
+        with hold, limit:
+            return await read_timeline(source, as_server_writes(run_id))
+
+    async def __results(self, run_id: str) -> list[FlowResult]:
+        details, generation = await self.__details(run_id)
+        found = await self.__items(details.summary, generation)
+        return [wire.flow_result(details.summary, each) for each in found]
+
+    async def __now(self) -> datetime | None:
+        return wire.health(
+            await self.__ask(wire.decode_health, "GET", "/health", repeatable=True)
+        ).timestamp
 
     async def delete_run(self, run_id: str) -> None:
         """Have the server forget a run that is over.
@@ -855,6 +911,12 @@ class ApiExecutor(ABC):
     ) -> list[tuple[LogEntry, ...]]:
         """What the server has logged of each of a run's failures."""
         return [()] * len(errors)
+
+    async def _logs_of_runs(
+        self, run_ids: Sequence[str], limit: int
+    ) -> Sequence[LogEntry]:
+        """What the server has logged of these runs, the newest lines, oldest first."""
+        return ()
 
     # -- flows, underneath ---------------------------------------------------------
 
@@ -1194,9 +1256,11 @@ class ApiExecutor(ABC):
     async def __explained(
         self, failed: list[FlowResult], details: wire.RunDetails
     ) -> list[FlowResult]:
+        # The first one of an item: those that take something from it fail after it.
+        latest_first = sorted(details.steps, key=lambda step: -step.journal_seqno)
         steps = {
             step.item_index: step
-            for step in map(wire.step_info, details.steps)
+            for step in map(wire.step_info, latest_first)
             if step.error is not None
         }
         # Of a run that the server has given up the events never end.

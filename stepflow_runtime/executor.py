@@ -10,13 +10,24 @@ import enum
 import os
 from collections.abc import AsyncIterator, Iterable, Mapping
 from datetime import datetime
-from typing import Any, Literal, Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    Protocol,
+    TypeAlias,
+    TypeVar,
+    runtime_checkable,
+)
 
 import msgspec
 
 from .errors import FlowFailedError
 from .events import RunEvent, RunStatus
 from .logs.entry import LogEntry
+
+if TYPE_CHECKING:
+    from .timeline import Timeline
 
 __all__ = [
     "ClosableIterator",
@@ -475,6 +486,10 @@ class StepflowExecutor(Protocol):
         include_results: bool = False,
         include_sub_runs: bool = False,
     ) -> ClosableIterator[RunEvent]: ...
+
+    async def timeline(
+        self, run_id: str, *, timeout: float | None = None
+    ) -> Timeline: ...
 
     async def delete_run(self, run_id: str) -> None: ...
 

@@ -1,6 +1,7 @@
 """Files of ours: for this user alone, and never in a place that a stranger has prepared.
 
-A leaf. Contract: nothing that is there already is changed. What is refused is refused by the
+A leaf. Contract: nothing that is there already is changed, but for a file that the user has
+asked to be written. What is refused is refused by the
 rule of Linux (fs.protected_symlinks, fs.protected_regular), also where that is turned off,
 and for those ways that it does not see: a link that is looked up before it is followed,
 what sqlite opens beside a store. Who plants something between our look and our use of it

@@ -665,6 +665,12 @@ class StepflowRuntime(ApiExecutor, AsyncContextManagerMixin):
                 await hub.wait_news(seen)
         return logs
 
+    async def _logs_of_runs(
+        self, run_ids: Sequence[str], limit: int
+    ) -> Sequence[LogEntry]:
+        await self._supervisor.catch_up_with_logs()
+        return self._supervisor.logs.of_runs(run_ids, limit)
+
     async def _settle(self, timeout: float | None = None) -> None:
         """Let runs be cancelled whose callers have gone, where they would be taken up again.
 

@@ -216,6 +216,7 @@ class _Step(_Answer, frozen=True):
     output: Any = None
     error_message: str | None = None
     error_code: int = 0
+    journal_seqno: int = 0
     updated_at: datetime | None = None
 
 
@@ -348,7 +349,7 @@ decode_stored_flow = msgspec.json.Decoder(StoredFlow).decode
 decode_stored_blob = msgspec.json.Decoder(StoredBlob).decode
 # A blob is stored as it was sent: its numbers need no mending.
 decode_blob = msgspec.json.Decoder(_Blob).decode
-decode_flow = msgspec.json.Decoder(_Flow).decode
+decode_flow = msgspec.json.Decoder(_Flow, float_hook=_number).decode
 decode_flow_variables = msgspec.json.Decoder(_Variables, float_hook=_number).decode
 decode_run = msgspec.json.Decoder(RunAnswer, float_hook=_number).decode
 decode_summary = msgspec.json.Decoder(_RunSummary).decode

@@ -236,7 +236,7 @@ def test_a_log_file_is_filtered(
     file = tmp_path / "log"
     file.write_bytes(b"".join([*lines_of_a_log(), b"no JSON"]))
     nothing = dict.fromkeys(("level", "run", "step", "since"))
-    logs(str(file), **{**nothing, **options}, follow=False, format="")  # type: ignore[arg-type]
+    logs(str(file), **{**nothing, **options}, follow=False, format="")
     lines = capfd.readouterr().out.splitlines()
     assert [json.loads(line)["message"] for line in lines] == messages
 

@@ -7,9 +7,6 @@ takes to tell what the commands are: a command imports what it needs when it is 
 
 from __future__ import annotations
 
-from importlib import import_module
-from importlib.util import find_spec
-
 import typer
 
 from .batch import batch
@@ -20,6 +17,7 @@ from .logs import logs
 from .run import run
 from .serve import serve
 from .validate import validate
+from .visualize import visualize
 
 __all__ = ["app"]
 
@@ -36,10 +34,6 @@ def command() -> None:
     """Run Stepflow workflows on a server that lives as long as the command."""
 
 
-for _each in (run, batch, validate, components, serve, logs):
+for _each in (run, batch, validate, components, serve, logs, visualize):
     app.command(epilog=EPILOG)(_each)
-if find_spec("stepflow_runtime.cli.visualize") is not None:
-    app.command(epilog=EPILOG)(
-        import_module("stepflow_runtime.cli.visualize").visualize
-    )
 app.command()(doctor)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import stat
 import sys
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from ..private import PRIVATE, check_unplanted
+from ..private import check_unplanted
 from .text import harmless_json
 
 __all__ = ["describe", "print_bytes", "print_json", "write_private"]
@@ -41,20 +42,23 @@ def write_whole(fd: int, data: bytes) -> None:
 def write_private(path: Path, content: bytes) -> None:
     """Put a file in the place of what is there; half of it never is.
 
-    :raises OSError: if it cannot be
+    A new one is nobody else's to read, one that is there keeps its mode.
+
+    :raises OSError: if it cannot be, or what is there was put there by a stranger
     """
     check_unplanted(path)
-    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+    there = path.stat() if path.exists() else None
+    if there is not None and not stat.S_ISREG(there.st_mode):
         path.write_bytes(content)  # /dev/stdout, a pipe: nothing to be put in its place
         return
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, PRIVATE)
+    target = Path(os.path.realpath(path))
+    fd, beside = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     try:
-        try:
-            write_whole(fd, content)
-        finally:
-            os.close(fd)
-        os.replace(beside, path)
+        with open(fd, "wb") as file:
+            file.write(content)
+        if there is not None:
+            os.chmod(beside, stat.S_IMODE(there.st_mode))
+        os.replace(beside, target)
     except BaseException:
         with suppress(OSError):
             os.unlink(beside)

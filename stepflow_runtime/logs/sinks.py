@@ -13,6 +13,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import islice
 from typing import Final, Protocol, cast
 
 from .config import LogConfig
@@ -31,6 +32,11 @@ _CLOSE_PATIENCE: Final = 0.5
 _NO_FILTER: Final = Filter()
 
 _FIRST_LOOK: Final = 1000
+
+# For the lines of several runs, which takes some microseconds a line.
+_LOOK_BACK: Final = 100_000
+
+_OF_RETRY: Final = "Retrying step "
 
 
 class Hiding(Protocol):
@@ -175,6 +181,25 @@ class LogHub:
             for line in self._ring.newest(limit)
             if not (isinstance(line, bytes) and mentioned not in line)
         ]
+
+    def of_runs(self, run_ids: Sequence[str], limit: int) -> list[LogEntry]:
+        """Return the newest entries that name one of these runs, the newest last.
+
+        And those of retries: the server names no run in them, or any.
+        """
+        mentioned = [_OF_RETRY.encode(), *(each.encode() for each in run_ids)]
+        found = (
+            _entry_of(line)
+            for line in reversed(self._ring.newest(_LOOK_BACK))
+            if not isinstance(line, bytes) or any(each in line for each in mentioned)
+        )
+        wanted = (
+            each
+            for each in found
+            if each.run_id in run_ids or each.message.startswith(_OF_RETRY)
+        )
+        newest = islice(wanted, limit)
+        return list(newest)[::-1]
 
     def _read(
         self, stream: Stream, lines: Sequence[bytes]
