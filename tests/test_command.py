@@ -18,8 +18,9 @@ import msgspec
 import psutil
 import pytest
 
-from stepflow_runtime import LogEntry, RunStatus, StepflowClient, StepflowRuntime
+from stepflow_runtime import LogEntry, RunStatus, StepflowClient
 from stepflow_runtime.cli.logs import logs
+from stepflow_runtime.cli.output import write_private
 from stepflow_runtime.logs.rendering import as_json
 
 from .conftest import EXAMPLES, processes_left
@@ -127,16 +128,28 @@ def test_the_flow_can_come_from_a_pipe_and_takes_no_longer_than_it_may() -> None
     assert "no more are read" in done.stderr
 
 
-@pytest.mark.skipif(
-    not hasattr(StepflowRuntime, "timeline"), reason="there is no timeline yet"
-)
 def test_a_report_is_a_page_for_nobody_else(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    page.write_text("an older one")
     done = command("run", NESTED, "-i", '{"value": 1}', "-q", "--report", str(page))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["runId"] in page.read_text()
     assert page.stat().st_mode & 0o777 == 0o600
+    assert list(tmp_path.iterdir()) == [page]
+
+
+def test_what_is_there_is_replaced_as_a_whole_and_stays_open_to_others(
+    tmp_path: Path,
+) -> None:
+    page, link = tmp_path / "page.html", tmp_path / "link"
+    page.write_bytes(b"an older one")
+    page.chmod(0o644)
+    link.symlink_to(page)
+    with page.open("rb") as reader:
+        write_private(link, b"new")
+        assert reader.read() == b"an older one"
+    assert (page.read_bytes(), page.stat().st_mode & 0o777) == (b"new", 0o644)
+    assert link.is_symlink()
+    assert sorted(tmp_path.iterdir()) == [link, page]
     done = command("run", NESTED, "-q", "--report", str(tmp_path / "no" / "page"))
     assert done.returncode == 2
     assert json.loads(done.stdout)["outcome"] == "failed"  # which it tells all the same
