@@ -559,6 +559,7 @@ class TestRecycling:
             "put_blob": (1,),
             "get_blob": ("x",),
             "health": (),
+            "timeline": ("x",),
         }
         others = {"serve", "start_async", "stop_async", "wait_ready"}
         public = {
