@@ -170,9 +170,9 @@ class _Run:
 
     def fits(self, graph: Graph) -> bool:
         """Whether it can be the graph of this run, by the steps that it has."""
-        ids = [step.id for step in graph.steps]
-        return all(0 <= place < len(ids) for _, place in self.steps) and all(
-            ids[place] == step_id for place, step_id in self.ids.items()
+        ids = {place: step.id for place, step in enumerate(graph.steps)}
+        return all(place in ids for _, place in self.steps) and all(
+            ids.get(place) == step_id for place, step_id in self.ids.items()
         )
 
     @cached_property

@@ -190,7 +190,8 @@ class _Axis:
         title: str = "",
         label: str = "",
     ) -> str:
-        left, right = self.place(start), self.place(end)
+        # A server's clock may be set back: what ends before it begins has no length.
+        left, right = self.place(start), self.place(max(start, end))
         told = f' title="{_text(title)}"' if title else ""
         return (
             f'<i class="{kind}"{told} style="left:min({left:.2f}%,100% - 3px);'

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import anyio
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from stepflow_runtime import (
@@ -305,7 +305,32 @@ class Played:
     def close(self) -> None: ...
 
 
+NEEDED = StepsNeeded(
+    sequence_number=0, run_id="r", timestamp=None, item_index=0, step_ids=("a",)
+)
+SUB_RUN = SubRunCreated(
+    sequence_number=0,
+    run_id="s",
+    timestamp=None,
+    parent_run_id="r",
+    flow_id="",
+    item_count=0,
+)
+INFO = RunInfo(
+    run_id="r",
+    status=RunStatus.UNKNOWN,
+    flow_id="f",
+    items=ItemCounts(total=0),
+    created_at=None,
+    completed_at=None,
+)
+STEP_INFO = StepInfo(step_id="x", status=RunStatus.UNKNOWN, step_index=1, item_index=0)
+
+
 @settings(max_examples=60)
+@example(
+    INFO, [NEEDED, SUB_RUN], [STEP_INFO], [], None
+)  # of a flow that has no such step
 @given(
     INFOS,
     EVENTS,
