@@ -122,9 +122,9 @@ def batch(
 
 
 def _verdict(progress: BatchProgress) -> str:
-    from .text import seconds
+    from .text import counted, seconds
 
-    words = f"{progress.done} items, {progress.failed} failed"
+    words = f"{counted(progress.done, 'item')}, {progress.failed} failed"
     if progress.kept:
         words += f", {progress.kept} were there already"
     return f"{words}, in {seconds(progress.elapsed(time.monotonic()))}"

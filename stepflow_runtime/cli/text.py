@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-__all__ = ["harmless_json", "one_line", "printable", "seconds"]
+__all__ = ["counted", "harmless_json", "one_line", "printable", "seconds"]
 
 _COLOUR: Final = re.compile(r"\x1b\[[0-9;:]*m")
 
@@ -47,3 +47,8 @@ def seconds(duration: float) -> str:
     minutes, rest = divmod(int(duration), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things: ``1 file``, ``2 files``."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

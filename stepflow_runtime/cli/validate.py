@@ -66,6 +66,7 @@ def validate(
     import anyio
 
     from .output import print_bytes, print_json
+    from .text import counted
 
     place = Place(config, None, remote, header_env, log_level)
     with exits():
@@ -78,9 +79,8 @@ def validate(
             shown = "".join(_shown(each, lines[each.file]) for each in findings)
             print_bytes(shown.encode(errors="backslashreplace"))
             errors = sum(each.is_error for each in findings)
-            tell(
-                f"{len(texts)} files, {errors} errors, {len(findings) - errors} warnings"
-            )
+            numbers = (len(texts), errors, len(findings) - errors)
+            tell(", ".join(map(counted, numbers, ("file", "error", "warning"))))
     is_valid = not any(each.is_error for each in findings)
     raise typer.Exit(Exit.SUCCESS if is_valid else Exit.FAILED)
 
