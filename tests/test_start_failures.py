@@ -287,6 +287,16 @@ async def test_a_server_on_whose_port_nobody_listens(
 
 
 @each_backend
+async def test_a_server_on_another_port_than_it_was_told(
+    fake_server: Callable[[str], Path],
+) -> None:
+    script = fake_server("echo '{\"port\":1}'; exec sleep 100")
+    error = await failing_start(binary=script, startup_timeout=0.3)
+    assert "before it could announce its port" in str(error)
+    assert "port 1 was announced, and it was told to take another" in str(error)
+
+
+@each_backend
 async def test_a_server_that_ends_says_how(fake_server: Callable[[str], Path]) -> None:
     script = fake_server("echo out; echo err >&2; exit 7")
     error = await failing_start(binary=script)

@@ -34,7 +34,7 @@ __all__ = ["CASES"]
 LOGGER: Final = "benchmark.lines"
 
 FLOODING_SERVER: Final = """#!{python} -S
-import json, os, signal
+import json, os, signal, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 class Health(BaseHTTPRequestHandler):
@@ -51,7 +51,8 @@ class Health(BaseHTTPRequestHandler):
         pass
 
 signal.signal(signal.SIGUSR1, lambda *_: os.execvp("cat", ["cat", {lines!r}]))
-server = HTTPServer(("127.0.0.1", 0), Health)
+port = int(sys.argv[sys.argv.index("--port") + 1])
+server = HTTPServer(("127.0.0.1", port), Health)
 print(json.dumps({{"port": server.server_port}}), flush=True)
 server.serve_forever()
 """

@@ -137,8 +137,9 @@ class CannotConfineError(OSError):
 def loopback_for(sockaddr: bytes, port: int) -> tuple[socket.AddressFamily, str] | None:
     """Where the socket is to be bound instead; None to let it be bound where it asks.
 
-    Only who asks for the server's port at another address than loopback is told where to
-    go: to 127.0.0.1, which is where the client looks for it, also through an IPv6 socket.
+    Who asks for the server's port is told to go to 127.0.0.1, which is where the client
+    looks for it, also through an IPv6 socket; and who asks for just that, too, since the
+    port is held there. Other addresses of loopback are nobody's but this machine's.
 
     :param sockaddr: the address that bind(2) was called with, as it is in memory
     :param port: the server's
@@ -151,15 +152,25 @@ def loopback_for(sockaddr: bytes, port: int) -> tuple[socket.AddressFamily, str]
     if asked != port:
         return None
     if family == socket.AF_INET:
-        is_loopback = sockaddr[4] == 127
-        return None if is_loopback else (socket.AF_INET, LOOPBACK)
+        if _is_another_loopback(sockaddr[4:8]):
+            return None
+        return socket.AF_INET, LOOPBACK
     if family == socket.AF_INET6 and len(sockaddr) >= 24:
         # struct sockaddr_in6 { family; port; __be32 flowinfo; struct in6_addr addr; ... }
         address = sockaddr[8:24]
         mapped = address[:12] == b"\0" * 10 + b"\xff\xff"
-        is_loopback = address[12] == 127 if mapped else address == b"\0" * 15 + b"\1"
-        return None if is_loopback else (socket.AF_INET6, f"::ffff:{LOOPBACK}")
+        if (
+            address == b"\0" * 15 + b"\1"
+            or mapped
+            and _is_another_loopback(address[12:])
+        ):
+            return None
+        return socket.AF_INET6, f"::ffff:{LOOPBACK}"
     return None
+
+
+def _is_another_loopback(address: bytes) -> bool:
+    return address[0] == 127 and address != socket.inet_aton(LOOPBACK)
 
 
 # -- the filter ------------------------------------------------------------------------

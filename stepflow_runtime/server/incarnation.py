@@ -266,6 +266,8 @@ class Incarnation:
         trouble = self._health_trouble
         if 0 in await process.ended_workers():
             trouble = "; a worker that it started has ended with exit code 0"
+        if port is None and (other := process.foreign_port) is not None:
+            trouble += f"; port {other} was announced, and it was told to take another"
         if any(pump.is_held_up for pump in self._pumps):
             trouble += (
                 "; its output waits for a log handler, log_config.redact or a file"

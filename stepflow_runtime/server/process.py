@@ -113,6 +113,7 @@ class ServerProcess:
     """A process of the server, spawned.
 
     :param port: the port that it was told to take; 0 if it is to choose
+    :ivar foreign_port: another one that was announced, by whomever
     """
 
     def __init__(self, child: Child, port: int = 0) -> None:
@@ -122,6 +123,7 @@ class ServerProcess:
         self.stdout = child.stdout
         self.stderr = child.stderr
         self.announced_port: int | None = None
+        self.foreign_port: int | None = None
         self._announcer = Announcer()
 
     @classmethod
@@ -161,6 +163,7 @@ class ServerProcess:
         except wire.NOT_UNDERSTOOD:
             return False
         if port != (self._port or port):
+            self.foreign_port = port
             return False
         self.announced_port = port
         self._announcer.announce()
