@@ -192,7 +192,7 @@ def test_findings_are_shown_where_they_are(tmp_path: Path) -> None:
     assert "syntax.yaml:" in done.stdout
     assert "\x1b" not in done.stdout
     assert "list.json:1:1: fatal: a workflow is a mapping" in done.stdout
-    assert "4 files, 3 errors, 0 warnings" in done.stderr
+    assert "4 files, 3 errors, " in done.stderr
     findings = json.loads(command("validate", "--json", *files).stdout)
     (found,) = (each for each in findings if each["kind"] == "undefinedStepReference")
     assert (found["line"], found["column"], found["path"]) == (
