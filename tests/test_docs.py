@@ -58,9 +58,13 @@ def python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str
     )
 
 
+PAGES = sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))
+REFERENCE = [page for page in PAGES if page.startswith("docs/reference/")]
+
 SAMPLES = [
     pytest.param(sample, id=f"{page}-{number}")
-    for page in ("README.md", "docs/how-to.md")
+    for page in ("README.md", *PAGES)
+    if page != "docs/tutorial.md"  # which is followed, below
     for number, sample in enumerate(blocks(page, "python"), 1)
 ]
 
@@ -71,7 +75,9 @@ def test_a_sample_runs(sample: str, tmp_path: Path) -> None:
     file.write_text(sample)
     (tmp_path / "docs").symlink_to(ROOT / "docs")  # what it leaves, it leaves elsewhere
     if "import pytest" in sample:
-        arguments = ("-m", "pytest", "-q", "-p", "no:cacheprovider", str(file))
+        # Without a configuration pytest-asyncio, which is installed, too, would warn.
+        quiet = ("-o", "asyncio_default_fixture_loop_scope=function")
+        arguments = ("-m", "pytest", "-q", "-p", "no:cacheprovider", *quiet, str(file))
         done = python(*arguments, cwd=tmp_path)
     else:
         done = python(str(file), cwd=tmp_path)
@@ -82,7 +88,7 @@ def test_a_sample_runs(sample: str, tmp_path: Path) -> None:
 def test_the_clusters_configuration_is_read_up_to_what_the_bundled_server_lacks() -> (
     None
 ):
-    (text,) = [b for b in blocks("docs/how-to.md", "yaml") if "postgres" in b]
+    (text,) = [b for b in blocks("docs/how-to/cluster.md", "yaml") if "postgres" in b]
     config = yaml.safe_load(text)
     with pytest.raises(ServerStartError, match="PostgreSQL support was not compiled"):
         StepflowRuntime.start(config)
@@ -123,8 +129,10 @@ def test_the_tutorial_can_be_followed(tmp_path: Path) -> None:
 
 
 def test_the_report_of_the_doctor_looks_as_shown() -> None:
-    (command,) = blocks("docs/how-to.md", "console")
-    (shown,) = [b for b in blocks("docs/how-to.md", "text") if "hello flow" in b]
+    (command,) = blocks("docs/how-to/command.md", "console")
+    (shown,) = [
+        b for b in blocks("docs/how-to/command.md", "text") if "hello flow" in b
+    ]
     done = python("-m", "stepflow_runtime.cli", *command.split()[1:])
     assert done.returncode == 0, done.stdout + done.stderr
     assert _names(done.stdout) == _names(shown)
@@ -144,12 +152,15 @@ def test_the_readme_opens_with_the_two_commands() -> None:
 
 
 def test_every_public_name_is_in_the_reference_and_has_a_docstring() -> None:
-    reference = _text("docs/reference.md")
+    places = [
+        name
+        for page in REFERENCE
+        for name in re.findall(r"^::: stepflow_runtime\.(\w+)$", _text(page), re.M)
+    ]
+    assert sorted(places) == public_names()
     for name in public_names():
-        value = getattr(stepflow_runtime, name)
         if name != "FlowSource":
-            assert f"`{name}`" in reference or name in reference, name
-            assert inspect.getdoc(value), name
+            assert inspect.getdoc(getattr(stepflow_runtime, name)), name
 
 
 def test_public_classes_can_be_resolved_decoded_and_pickled() -> None:
@@ -179,12 +190,12 @@ def test_public_classes_can_be_resolved_decoded_and_pickled() -> None:
 
 def test_every_option_is_in_the_reference() -> None:
     options = inspect.signature(stepflow_runtime.StepflowRuntime.start).parameters
-    reference = _text("docs/reference.md")
+    reference = _text("docs/reference/runtime.md")
     assert [name for name in options if f"| `{name}` |" not in reference] == []
 
 
 def test_every_word_of_the_command_is_in_the_reference() -> None:
-    reference = _text("docs/reference.md")
+    reference = _text("docs/reference/command.md")
     for command in typer.main.get_command(app).commands.values():  # type: ignore[attr-defined]
         assert f"| `{command.name}" in reference
         for parameter in command.params:
