@@ -4,6 +4,7 @@ griffe reads the fields (``:param x:``, ``:raises X:`` ...). What it leaves to u
 
 - roles: ``:meth:`start``` is a link to ``start``, if that is in the reference, and code if not;
 - blocks of code that follow ``::``;
+- exceptions, which become links, too;
 - the calls of an executor. They are documented where they are written, in ``ApiExecutor``, and
   shown as those of ``StepflowExecutor``, the protocol that says what they are.
 """
@@ -14,7 +15,16 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-from griffe import Alias, Class, Docstring, Extension, Module, Object
+from griffe import (
+    Alias,
+    Class,
+    Docstring,
+    DocstringSectionRaises,
+    ExprName,
+    Extension,
+    Module,
+    Object,
+)
 
 _ROLE: Final = re.compile(r":(?:attr|class|data|exc|func|meth|mod):`([^`]+)`")
 _BLOCK: Final = re.compile(r"::\n\n((?:    .*\n|\n)*    .*)")
@@ -58,6 +68,7 @@ class SphinxAsMarkdown(Extension):
                 if each.docstring:
                     place_of = _Scope(public, each).place_of
                     each.docstring.value = markdown(each.docstring.value, place_of)
+                    _link_errors(each.docstring, pkg)
 
 
 def _document(protocol: Class, calls: Class) -> None:
@@ -68,6 +79,15 @@ def _document(protocol: Class, calls: Class) -> None:
         method.docstring = Docstring(
             written.value, parent=method, parser=written.parser
         )
+
+
+def _link_errors(docstring: Docstring, package: Module) -> None:
+    """Has ``:raises X:`` name the public X, which griffe takes for a word."""
+    for section in docstring.parsed:
+        if isinstance(section, DocstringSectionRaises):
+            for error in section.value:
+                if error.annotation in package.members:
+                    error.annotation = ExprName(error.annotation, parent=package)
 
 
 def _public(package: Module) -> Iterator[tuple[str, Object]]:

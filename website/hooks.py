@@ -107,7 +107,7 @@ def source_page(file: str) -> str:
 
     text = (ROOT / file).read_text(encoding="utf-8")
     formatter = HtmlFormatter(
-        linespans="line", anchorlinenos=True, lineanchors="line", linenos="inline"
+        cssclass="highlight source", linenos="inline", linespans="line"
     )
     html = highlight(text, get_lexer_for_filename(file, stripnl=False), formatter)
     return f"---\nsearch: {{exclude: true}}\n---\n\n# `{file}`\n\n{html}"
