@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 import typing
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from stepflow_runtime import (
     UnrepresentableValueError,
 )
 from stepflow_runtime.cli.app import app
+from website import hooks
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -176,7 +178,9 @@ def test_every_public_name_is_in_the_reference_and_has_a_docstring() -> None:
     places = [
         name
         for page in REFERENCE
-        for name in re.findall(r"^::: stepflow_runtime\.(\w+)$", _text(page), re.M)
+        for name in re.findall(
+            r"^::: stepflow_runtime\.(\w+)$", _text(page), re.MULTILINE
+        )
     ]
     assert sorted(places) == public_names()
     for name in public_names():
@@ -223,6 +227,51 @@ def test_every_word_of_the_command_is_in_the_reference() -> None:
             for word in parameter.opts:
                 if word.startswith("-") and word != "--help":
                     assert f"`{word}" in reference, (command.name, word)
+
+
+def test_every_page_is_in_the_sites_navigation_and_the_other_way_round() -> None:
+    nav = yaml.safe_load(_text("mkdocs.yml"))["nav"]
+    in_docs = [page.removeprefix("docs/") for page in PAGES]
+    assert sorted(_leaves(nav)) == sorted([*in_docs, *hooks.DOCUMENTS.values()])
+
+
+def _leaves(tree: object) -> Iterator[str]:
+    match tree:
+        case str():
+            yield tree
+        case dict():
+            for branch in tree.values():
+                yield from _leaves(branch)
+        case list():
+            for branch in tree:
+                yield from _leaves(branch)
+
+
+def test_every_link_leads_somewhere_in_a_view_of_the_repository() -> None:
+    """mkdocs looks at those of the site; here, at files and headings as forges have them."""
+    broken = [
+        (page, target)
+        for page in (*hooks.DOCUMENTS, *PAGES)
+        for target in re.findall(r"\]\(([^)\s]+)", _prose(page))
+        if not re.match(r"https?:", target) and not _leads_somewhere(page, target)
+    ]
+    assert broken == []
+
+
+def _leads_somewhere(page: str, target: str) -> bool:
+    path, _, anchor = target.partition("#")
+    file = (ROOT / page).parent / path if path else ROOT / page
+    return file.is_file() and (not anchor or anchor in _anchors(file))
+
+
+def _anchors(file: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", _prose(str(file)), re.MULTILINE)
+    words = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {each.replace(" ", "-") for each in words}
+
+
+def _prose(page: str) -> str:
+    return re.sub(r"^```.*?^```$", "", _text(page), flags=re.MULTILINE | re.DOTALL)
 
 
 def test_every_promise_of_security_is_shown_by_a_test() -> None:

@@ -75,12 +75,16 @@ def _rewritten_link(page: str, link: re.Match[str]) -> str:
     if title and there.startswith("source/"):
         anchor = f"#line-{line_of(title, file)}"
     words = f' "{title}"' if title else ""
-    return f"]({posixpath.relpath(there, posixpath.dirname(page))}{anchor or ''}{words})"
+    return (
+        f"]({posixpath.relpath(there, posixpath.dirname(page))}{anchor or ''}{words})"
+    )
 
 
 def line_of(name: str, file: str) -> int:
     """The line of a file that defines a function, a class or a constant."""
-    definition = re.compile(rf"\s*(?:async )?(?:def |class )?{re.escape(name)}\b[\s(:=]")
+    definition = re.compile(
+        rf"\s*(?:async )?(?:def |class )?{re.escape(name)}\b[\s(:=]"
+    )
     lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, 1):
         if definition.match(line):
