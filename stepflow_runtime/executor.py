@@ -153,10 +153,12 @@ class FlowResult(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_success(self) -> bool:
+        """Whether the flow succeeded, and there is an ``output``."""
         return self.status is FlowStatus.SUCCESS
 
     @property
     def is_failed(self) -> bool:
+        """Whether the flow failed, and there is an ``error``."""
         return self.status is FlowStatus.FAILED
 
     @property
@@ -169,6 +171,7 @@ class FlowResult(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_running(self) -> bool:
+        """Whether it was not over when it was asked for."""
         return self.status is FlowStatus.RUNNING
 
     def unwrap(self) -> Any:
@@ -233,6 +236,7 @@ class ValidationResult(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def warnings(self) -> tuple[Diagnostic, ...]:
+        """The diagnostics that keep no workflow from being run."""
         return tuple(d for d in self.diagnostics if d.level == "warning")
 
 
@@ -316,6 +320,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def has_ended(self) -> bool:
+        """Whether it is over, well or not."""
         return self.status.is_final
 
 
@@ -374,6 +379,7 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_healthy(self) -> bool:
+        """Whether the server says that it is."""
         return self.status == "healthy"
 
 

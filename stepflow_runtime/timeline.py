@@ -83,6 +83,7 @@ class TimelineStep(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     @property
     def started(self) -> datetime | None:
+        """When its first attempt began, or ``None``."""
         return self.attempts[0].started if self.attempts else None
 
     @property
@@ -122,6 +123,7 @@ class TimelineItem(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     @property
     def duration(self) -> timedelta | None:
+        """From its beginning to its end, or ``None``."""
         return between(self.started, self.ended)
 
 
