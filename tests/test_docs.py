@@ -20,6 +20,7 @@ import typer
 import yaml
 
 import stepflow_runtime
+from docs.website import hooks
 from stepflow_runtime import (
     ApiError,
     FlowResult,
@@ -35,7 +36,6 @@ from stepflow_runtime import (
     UnrepresentableValueError,
 )
 from stepflow_runtime.cli.app import app
-from website import hooks
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import stepflow_runtime
-from website import hooks
+from docs.website import hooks
 
 ROOT = Path(__file__).parent.parent
 TEST = "test_a_link_to_a_test_leads_to_its_line"
@@ -80,7 +80,7 @@ def test_files_that_are_linked_to_and_are_no_pages_become_some() -> None:
 
 @needs_mkdocs
 def test_roles_become_links_or_code_and_blocks_are_fenced() -> None:
-    from website.docstrings import markdown
+    from docs.website.docstrings import markdown
 
     places = {"start": "x.Y.start", "a.b.Y": "x.Y"}
     text = (
