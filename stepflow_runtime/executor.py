@@ -25,6 +25,7 @@ import msgspec
 from .errors import FlowFailedError
 from .events import RunEvent, RunStatus
 from .logs.entry import LogEntry
+from .reprs import component_list_repr, repr_of
 
 if TYPE_CHECKING:
     from .timeline import Timeline
@@ -123,6 +124,8 @@ class FlowError(msgspec.Struct, frozen=True, kw_only=True):
     attempts: int | None = None
     logs: tuple[LogEntry, ...] = ()
 
+    __repr__ = repr_of()
+
     def __str__(self) -> str:
         """All of it, for people: a line, and the log entries below it."""
         where = f"step {self.step_id!r}" if self.step_id is not None else ""
@@ -150,6 +153,8 @@ class FlowResult(msgspec.Struct, frozen=True, kw_only=True):
     output: Any = None
     error: FlowError | None = None
     item_index: int = 0
+
+    __repr__ = repr_of()
 
     @property
     def is_success(self) -> bool:
@@ -209,6 +214,8 @@ class Diagnostic(msgspec.Struct, frozen=True):
     path: str | None = None
     kind: str = ""
 
+    __repr__ = repr_of()
+
     def __str__(self) -> str:
         return f"{self.path or '$'}: {self.level}: {self.message}"
 
@@ -220,6 +227,8 @@ class ValidationResult(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     diagnostics: tuple[Diagnostic, ...] = ()
+
+    __repr__ = repr_of("is_valid", "errors", "warnings")
 
     @property
     def is_valid(self) -> bool:
@@ -254,6 +263,8 @@ class ComponentInfo(msgspec.Struct, frozen=True, kw_only=True):
     input_schema: Mapping[str, Any] | None = None
     output_schema: Mapping[str, Any] | None = None
 
+    __repr__ = repr_of("path", "plugin", "description")
+
 
 class ComponentList(list[ComponentInfo]):
     """The components that there are: a list, that also knows what is missing in it.
@@ -269,6 +280,8 @@ class ComponentList(list[ComponentInfo]):
     ) -> None:
         super().__init__(components)
         self.failed_plugins = dict(failed_plugins or {})
+
+    __repr__ = component_list_repr
 
     @property
     def is_complete(self) -> bool:
@@ -314,6 +327,8 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     orchestrator_id: str | None = None
     last_sequence_number: int | None = None
 
+    __repr__ = repr_of("run_id", "status", "flow_name", "items", "created_at")
+
     @property
     def has_ended(self) -> bool:
         return self.status.is_final
@@ -341,6 +356,10 @@ class StepInfo(msgspec.Struct, frozen=True, kw_only=True):
     error: FlowError | None = None
     updated_at: datetime | None = None
 
+    __repr__ = repr_of(
+        "step_id", "status", "item_index", "component", "output", "error"
+    )
+
 
 class FlowVariable(msgspec.Struct, frozen=True, kw_only=True):
     """A variable that a workflow declares.
@@ -359,6 +378,8 @@ class FlowVariable(msgspec.Struct, frozen=True, kw_only=True):
     env_var: str | None = None
     schema: Mapping[str, Any] | None = None
 
+    __repr__ = repr_of()
+
 
 class Health(msgspec.Struct, frozen=True, kw_only=True):
     """What a server says of itself.
@@ -371,6 +392,8 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
     status: str
     timestamp: datetime | None = None
     version: str | None = None
+
+    __repr__ = repr_of()
 
     @property
     def is_healthy(self) -> bool:
