@@ -126,6 +126,11 @@ class FlowError(msgspec.Struct, frozen=True, kw_only=True):
 
     __repr__ = repr_of()
 
+    def _repr_html_(self) -> str:
+        from .notebook import error_html
+
+        return error_html(self)
+
     def __str__(self) -> str:
         """All of it, for people: a line, and the log entries below it."""
         where = f"step {self.step_id!r}" if self.step_id is not None else ""
@@ -155,6 +160,11 @@ class FlowResult(msgspec.Struct, frozen=True, kw_only=True):
     item_index: int = 0
 
     __repr__ = repr_of()
+
+    def _repr_html_(self) -> str:
+        from .notebook import result_html
+
+        return result_html(self)
 
     @property
     def is_success(self) -> bool:
@@ -230,6 +240,11 @@ class ValidationResult(msgspec.Struct, frozen=True, kw_only=True):
 
     __repr__ = repr_of("is_valid", "errors", "warnings")
 
+    def _repr_html_(self) -> str:
+        from .notebook import validation_html
+
+        return validation_html(self)
+
     @property
     def is_valid(self) -> bool:
         """True if it would run: nothing fatal was found, and no error."""
@@ -282,6 +297,11 @@ class ComponentList(list[ComponentInfo]):
         self.failed_plugins = dict(failed_plugins or {})
 
     __repr__ = component_list_repr
+
+    def _repr_html_(self) -> str:
+        from .notebook import components_html
+
+        return components_html(self)
 
     @property
     def is_complete(self) -> bool:

@@ -117,6 +117,11 @@ class Graph(msgspec.Struct, frozen=True, kw_only=True):
 
     __repr__ = repr_of()
 
+    def _repr_html_(self) -> str:
+        from .notebook import graph_html
+
+        return graph_html(self)
+
     @classmethod
     def of(cls, flow: Mapping[str, Any]) -> Graph:
         """The graph of a document: a parsed workflow file, or what a server has stored."""

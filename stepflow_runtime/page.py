@@ -34,7 +34,7 @@ from .timeline import (
     TimelineStep,
 )
 
-__all__ = ["as_html"]
+__all__ = ["Page", "as_html", "strip"]
 
 _POLICY: Final = (
     "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -144,6 +144,13 @@ def _times_of_step(step: TimelineStep) -> Iterator[datetime | None]:
 
 
 class Page:
+    """What is in the page of a run; a notebook shows some of it.
+
+    :param most_rows: so many rows of the chart, at most
+    :param longest: so many characters of a value
+    :param most_text: and about so many of all values
+    """
+
     def __init__(
         self,
         timeline: Timeline,
@@ -195,31 +202,36 @@ class Page:
     # -- the head ----------------------------------------------------------------------
 
     def _head(self, name: str) -> Iterator[str]:
-        timeline = self._timeline
-        state = _BY_STATUS.get(timeline.status.name, StepState.WAITING)
-        word = timeline.status.name.lower().replace("_", " ")
-        yield (
-            f'<header><h1>{as_text(cut(name, 200))}</h1><span class="badge {state.value}">'
-            f"{state.mark} {word}</span></header>"
-        )
+        yield f"<header><h1>{as_text(cut(name, 200))}</h1>{self._badge()}</header>"
         facts = "".join(
             f"<div><dt>{title}</dt><dd>{text}</dd></div>"
             for title, text in self._facts()
         )
         yield f'<dl class="facts">{facts}</dl>'
+        yield self._links()
+        yield self._notes()
+
+    def _links(self) -> str:
+        timeline = self._timeline
         links = [("graph", "Graph"), ("steps", "Steps")]
         links += [("items", "Items")] if len(timeline.items) > 1 else []
         links += [("log", "Log")] if timeline.logs else []
-        yield "<nav>"
-        yield "".join(f'<a href="#{anchor}">{title}</a>' for anchor, title in links)
-        yield "</nav>"
-        notes = list(timeline.notes)
+        anchors = (f'<a href="#{anchor}">{title}</a>' for anchor, title in links)
+        return f"<nav>{''.join(anchors)}</nav>"
+
+    def _notes(self) -> str:
+        notes = list(self._timeline.notes)
         if self._rows_left_out:
             rows = number_of(self._rows_left_out, "row")
             notes.append(f"{rows} of the chart left out: there are too many.")
-        if notes:
-            lines = "".join(f"<li>{as_text(note)}</li>" for note in notes)
-            yield f'<ul class="notes">{lines}</ul>'
+        lines = "".join(f"<li>{as_text(note)}</li>" for note in notes)
+        return f'<ul class="notes">{lines}</ul>' if lines else ""
+
+    def _badge(self) -> str:
+        status = self._timeline.status.name
+        state = _BY_STATUS.get(status, StepState.WAITING)
+        word = status.lower().replace("_", " ")
+        return f'<span class="badge {state.value}">{state.mark} {word}</span>'
 
     def _facts(self) -> Iterator[tuple[str, str]]:
         timeline = self._timeline
@@ -256,13 +268,20 @@ class Page:
 
     def _steps(self) -> Iterator[str]:
         yield '<h2 id="steps">Steps</h2>'
-        if len(self._timeline.items) <= _FEW_ITEMS:
-            yield from self._chart(
-                self._axis, self._run_rows(self._timeline, self._axis, 0)
-            )
-        else:
+        if self._is_batch:
             yield from self._overview()
             yield from self._some_items()
+        else:
+            yield from self._chart_of_all()
+
+    @property
+    def _is_batch(self) -> bool:
+        """Whether there are too many items to be shown step by step on one axis."""
+        return len(self._timeline.items) > _FEW_ITEMS
+
+    def _chart_of_all(self) -> Iterator[str]:
+        rows = self._run_rows(self._timeline, self._axis, 0)
+        yield from self._chart(self._axis, rows)
 
     def _chart(self, axis: _Axis, rows: Iterable[str]) -> Iterator[str]:
         yield f'<div style="{axis.style}">{axis.head()}'
@@ -406,7 +425,9 @@ class Page:
                     attempt.ended - attempt.started - timedelta(seconds=attempt.pause)
                 )
             pause = timedelta(seconds=attempt.pause) if attempt.pause else None
-            reason = f": {as_text(attempt.reason)}" if attempt.reason else ""
+            reason = ""
+            if attempt.reason:
+                reason = f": {as_text(cut(self._values.text(attempt.reason), 2_000))}"
             yield (
                 f"<tr><td>{attempt.number}</td><td>{begun}</td><td>{lasting(took)}</td>"
                 f"<td>{lasting(pause)}</td>"
@@ -516,7 +537,7 @@ class Page:
         if len(items) <= 1:
             return
         yield '<h2 id="items">Items</h2>'
-        yield _strip(items)
+        yield strip(items)
         for first in range(0, len(items), _CHUNK):
             chunk = items[first : first + _CHUNK]
             counts = counted(Counter(item.state for item in chunk))
@@ -693,7 +714,7 @@ def _attempt_bars(
     yield axis.bar(attempt.state.value, start, max(end, start), title, label)
 
 
-def _strip(items: Sequence[TimelineItem]) -> str:
+def strip(items: Sequence[TimelineItem]) -> str:
     """All items at a glance: a square each, by state; those that failed are the largest."""
     columns = min(_COLUMNS, max(len(items), 50))
     size = 6

@@ -58,8 +58,8 @@ def lasting(duration: timedelta | None) -> str:
     return f"{minutes // 60:,} h {minutes % 60:02} min"
 
 
-def number_of(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+def number_of(number: int, what: str, several: str | None = None) -> str:
+    return f"{number:,} {what if number == 1 else several or what + 's'}"
 
 
 def mark(state: StepState) -> str:

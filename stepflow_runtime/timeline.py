@@ -191,6 +191,11 @@ class Timeline(msgspec.Struct, frozen=True, kw_only=True):
         "run_id", "status", "flow_name", "items", "steps", "sub_runs", "logs"
     )
 
+    def _repr_html_(self) -> str:
+        from .notebook import timeline_html
+
+        return timeline_html(self)
+
     @property
     def duration(self) -> timedelta | None:
         """From its beginning to its end, or to when it was looked at."""
