@@ -45,7 +45,8 @@ def repr_of(*names: str) -> Callable[[Any], str]:
     def short_repr(value: Any) -> str:
         from .server.secrecy import Secrets
 
-        secrets = Secrets.of(_excerpt(value, [_MOST_VALUES]))
+        told = [each for _, each in _told(value)]
+        secrets = Secrets.of(_excerpt(told, [_MOST_VALUES]))
         return _struct(value, secrets, LONGEST)
 
     short_repr.names = names  # type: ignore[attr-defined]

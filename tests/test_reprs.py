@@ -105,6 +105,9 @@ def test_a_repr_tells_what_one_wants_to_know() -> None:
         f"RunInfo(run_id='{RUN}', status=FAILED, flow_name='x', items=ItemCounts(total=3, "
         "completed=2, failed=1), created_at=2026-11-30 12:00:00.000+00:00)"
     )
+    schema = {"properties": {"api_key": {"type": "string"}}}  # names, and no secret
+    openai = ComponentInfo(path="/x", description="takes a string", input_schema=schema)
+    assert repr(openai) == "ComponentInfo(path='/x', description='takes a string')"
     components = ComponentList(
         [ComponentInfo(path="/noop")], failed_plugins={"python": "is not there"}
     )
