@@ -27,8 +27,8 @@ from .executor import (
 from .graph import Graph, States, StepState
 from .page import Page, strip
 from .page_style import CHART
-from .page_words import Values, as_text, cut, mark, number_of
-from .timeline import Timeline, TimelineItem
+from .page_words import Values, as_text, cut, mark, number_of, size_of
+from .timeline import Omitted, Timeline, TimelineItem
 
 __all__ = [
     "LARGEST",
@@ -44,6 +44,9 @@ __all__ = [
 LARGEST: Final = 200_000
 _LONGEST: Final = 10_000
 _CELL: Final = 300
+
+# Bytes, as JSON, of a value that is looked through for secrets, some ten for a microsecond.
+_LARGEST_VALUE: Final = 8_000_000
 _NAME: Final = 100
 
 _MOST_FINDINGS: Final = 100
@@ -105,6 +108,8 @@ border-bottom:1px solid var(--rule);white-space:normal;max-width:none;background
 .out th{color:var(--soft);font-weight:500;font-size:12px}
 .out td.n,.out th.n{text-align:right}
 .out summary{cursor:pointer}.out p{margin:4px 0}
+.title{font-size:12px;font-weight:600;margin:8px 0 0;color:var(--soft)}
+.title small{font-weight:400}
 .facts{display:flex;flex-wrap:wrap;gap:2px 22px;margin:6px 0}
 .wide,.graph{overflow-x:auto}
 @media print{.out pre{max-height:none;overflow:visible}}
@@ -139,6 +144,9 @@ def _output(parts: Iterable[str], *styles: str) -> str:
         kept.append('<p class="soft">And more, which is too much for a notebook.</p>')
     style = _CLASS_IN_STYLE.sub(r".stepflow-\1", "\n".join([*styles, _STYLE]))
     inner = _ATTRIBUTE.sub(_alone, "".join(kept))
+    # Headings would be in the notebook's table of contents.
+    inner = inner.replace("<h3>", '<div class="stepflow-title">')
+    inner = inner.replace("</h3>", "</div>")
     return f'<div class="stepflow-out"><style>{style}</style>{inner}</div>'
 
 
@@ -191,8 +199,10 @@ _STATES: Final = {
 
 
 def _result(result: FlowResult) -> Iterator[str]:
-    error = result.error
-    values = _values(result.output, [] if error is None else _texts_of(error))
+    error, output = result.error, result.output
+    if (size := size_of(output)) > _LARGEST_VALUE:
+        output = Omitted(size)
+    values = _values(output, [] if error is None else _texts_of(error))
     more = [f"run {_code(result.run_id)}"]
     if result.item_index:
         more.append(f"item {result.item_index:,}")
@@ -200,7 +210,7 @@ def _result(result: FlowResult) -> Iterator[str]:
     if error is not None:
         yield from _error(error, values)
     if result.is_success:
-        yield values.block("", result.output)
+        yield values.block("Output" if output is not result.output else "", output)
 
 
 def _texts_of(error: FlowError) -> list[str]:

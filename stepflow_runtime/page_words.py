@@ -28,6 +28,7 @@ __all__ = [
     "lasting",
     "mark",
     "number_of",
+    "size_of",
 ]
 
 # Characters of a value in a list.
@@ -112,6 +113,11 @@ class Values:
 
     def _starred(self, text: bytes) -> bytes:
         return self._secrets.starred([text])[0] if self._secrets else text
+
+
+def size_of(value: Any) -> int:
+    """How long it is as JSON, in bytes."""
+    return len(_encoded(value))
 
 
 def _encoded(value: Any) -> bytes:

@@ -78,8 +78,11 @@ def _struct(value: Any, secrets: Secrets, room: int) -> str:
 
 def _told(value: Any) -> Iterator[tuple[str, Any]]:
     """What it has to say: what is not there, or as it is by default, is not told."""
-    defaults = {each.name: each.default for each in msgspec.structs.fields(value)}
-    for name in getattr(type(value).__repr__, "names", ()) or defaults:
+    fields = value.__struct_fields__
+    # Those of the last fields.
+    backwards = zip(reversed(fields), reversed(value.__struct_defaults__), strict=False)
+    defaults = dict(backwards)
+    for name in getattr(type(value).__repr__, "names", ()) or fields:
         told = getattr(value, name, None)
         default = defaults.get(name, msgspec.NODEFAULT)
         if told is None or told is default:

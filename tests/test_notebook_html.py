@@ -27,6 +27,7 @@ from stepflow_runtime import (
 )
 from stepflow_runtime.notebook import LARGEST
 
+from .test_docs import python
 from .test_report import (
     ATTRIBUTES,
     JSON,
@@ -50,7 +51,11 @@ def shown(value: Any) -> Reader:
     reader = Reader(html)
     assert not reader.others
     assert reader.ids == [] and reader.links == set()
-    allowed = OURS.keys() - {"html", "meta", "head", "body"} | {"thead", "tbody"}
+    allowed = OURS.keys() - {"html", "meta", "head", "body"} | {"thead", "tbody"} - {
+        "h1",
+        "h2",
+        "h3",
+    }
     for tag, attributes in reader.elements:
         assert tag in allowed, tag
         assert attributes.keys() <= ATTRIBUTES - {"http-equiv", "content", "name"}
@@ -273,6 +278,8 @@ def test_what_is_too_much_is_left_out_and_said() -> None:
     assert "the first of 3,000,002 characters" in text_of(long)
     assert len(long._repr_html_()) < 60_000
     assert "And more, which is too much for a notebook" in text_of(huge())
+    larger = FlowResult(status=FlowStatus.SUCCESS, run_id="r", output="&" * 9_000_000)
+    assert "Output left out (9,000,002 bytes)" in text_of(larger)
     graph = Graph.of(
         {"steps": [{"id": f"s{n}", "component": "/x"} for n in range(500)]}
     )
@@ -321,3 +328,12 @@ def luminance(colour: str) -> float:
         for each in parts
     )
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_what_makes_html_is_imported_when_it_is_wanted() -> None:
+    code = (
+        "import sys, stepflow_runtime.executor, stepflow_runtime.timeline\n"
+        "wanted = ('notebook', 'page', 'drawing', 'server', 'reprs')\n"
+        "print([n for n in wanted if f'stepflow_runtime.{n}' in sys.modules])"
+    )
+    assert python("-c", code).stdout == "['reprs']\n"
