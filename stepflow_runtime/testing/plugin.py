@@ -32,9 +32,10 @@ __all__ = [
     "stepflow_runtime_session",
 ]
 
-_LEAKS: Final = "stepflow_leaks"
-_LOG_LINES: Final = "stepflow_log_lines"
-_MARKER: Final = "stepflow"
+# What users write: names of ini options, and of the marker.
+LEAKS: Final = "stepflow_leaks"
+LOG_LINES: Final = "stepflow_log_lines"
+MARKER: Final = "stepflow"
 
 # What a process of pytest-xdist hands to the one that has the terminal.
 _HANDED_OVER: Final = "stepflow_runtime_left_behind"
@@ -94,10 +95,10 @@ def _runtime(
 def _marked_options(node: pytest.Item | pytest.Collector) -> dict[str, Any]:
     """What markers say, the nearest one last."""
     options: dict[str, Any] = {}
-    for marker in reversed(list(node.iter_markers(_MARKER))):
+    for marker in reversed(list(node.iter_markers(MARKER))):
         if marker.args:
             raise pytest.UsageError(
-                f"{node.nodeid}: @pytest.mark.{_MARKER} takes the options of "
+                f"{node.nodeid}: @pytest.mark.{MARKER} takes the options of "
                 f"StepflowRuntime.start by their names, not {marker.args!r}"
             )
         options.update(marker.kwargs)
@@ -123,13 +124,13 @@ def _start(options: Mapping[str, Any]) -> StepflowRuntime:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addini(
-        _LEAKS,
+        LEAKS,
         "what to do about Stepflow runtimes and processes that are left at the end of the "
         "session: error, warn or ignore",
         default="error",
     )
     parser.addini(
-        _LOG_LINES,
+        LOG_LINES,
         "how many entries of a Stepflow server's log a failed test shows at most",
         default="200",
     )
@@ -138,7 +139,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
-        f"{_MARKER}(**options): options of StepflowRuntime.start for the runtime of the "
+        f"{MARKER}(**options): options of StepflowRuntime.start for the runtime of the "
         "fixture stepflow_runtime, or, in pytestmark, of stepflow_runtime_module",
     )
     plugin = _Plugin(config)
@@ -216,25 +217,25 @@ class _Plugin:
             if self._leaks == "error":
                 terminalreporter.write_line(
                     "Runtimes end with their block, by stop() or by stop_async(); those of the "
-                    f'fixtures by themselves. The ini option "{_LEAKS}" can be "warn" or '
+                    f'fixtures by themselves. The ini option "{LEAKS}" can be "warn" or '
                     '"ignore".'
                 )
 
 
 def _log_lines(config: pytest.Config) -> int:
-    value = cast(str, config.getini(_LOG_LINES))
+    value = cast(str, config.getini(LOG_LINES))
     try:
         return max(int(value), 0)
     except ValueError:
         raise pytest.UsageError(
-            f"the ini option {_LOG_LINES} must be a number, not {value!r}"
+            f"the ini option {LOG_LINES} must be a number, not {value!r}"
         ) from None
 
 
 def _leaks(config: pytest.Config) -> Literal["error", "warn", "ignore"]:
-    value = config.getini(_LEAKS)
+    value = config.getini(LEAKS)
     if value not in ("error", "warn", "ignore"):
         raise pytest.UsageError(
-            f'the ini option {_LEAKS} must be "error", "warn" or "ignore", not {value!r}'
+            f'the ini option {LEAKS} must be "error", "warn" or "ignore", not {value!r}'
         )
     return cast(Literal["error", "warn", "ignore"], value)
