@@ -98,7 +98,7 @@ def nothing_is_left() -> bool:
 
 @pytest.mark.parametrize(
     ("page", "folder"),
-    [("fastapi.md", "fastapi_app")],
+    [("fastapi.md", "fastapi_app"), ("celery.md", "celery_app")],
 )
 def test_the_page_shows_the_files_as_they_are(page: str, folder: str) -> None:
     shown = dict(TITLED.findall((HOW_TO / page).read_text(encoding="utf-8")))
@@ -215,3 +215,38 @@ def test_the_applications_own_tests_pass() -> None:
         timeout=60,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# -- workers of queues -----------------------------------------------------------------
+
+CELERY_APP = EXAMPLES / "celery_app"
+CELERY = ("-m", "celery", "-A", "tasks", "worker", "--concurrency", "2")
+CELERY += ("--without-gossip", "--without-mingle", "--without-heartbeat")
+CALLER = """
+import celery.exceptions, tasks
+
+print([each.get(timeout=30) for each in [tasks.nap.delay("Ada") for _ in range(5)]])
+stuck = tasks.nap.apply_async(("Bo", 60_000), time_limit=1)
+try:
+    stuck.get(timeout=30)
+except celery.exceptions.TimeLimitExceeded:
+    print("killed")
+print(tasks.nap.delay("Cy").get(timeout=30))
+"""
+
+
+def test_celerys_children_have_servers_that_end_with_them(tmp_path: Path) -> None:
+    """Also with a child that Celery kills, at its hard time limit."""
+    folder = str(tmp_path)
+    with hosted(*CELERY, cwd=CELERY_APP, CELERY_FOLDER=folder) as host:
+        caller = Host("-c", CALLER, cwd=CELERY_APP, CELERY_FOLDER=folder)
+        assert caller.wait_said(r"(\{.*\})") == ", ".join(5 * ["{'rested': 'Ada'}"])
+        eventually(lambda: len(host.servers()) == 2)
+        before = host.servers()
+        caller.wait_said("killed")
+        caller.wait_said("{'rested': 'Cy'}")
+        caller.process.communicate(timeout=30)
+        eventually(lambda: any(map(is_over, before)) and len(host.servers()) == 2)
+        assert not all(map(is_over, before))
+        host.end()
+    eventually(nothing_is_left)
