@@ -250,3 +250,45 @@ def test_celerys_children_have_servers_that_end_with_them(tmp_path: Path) -> Non
         assert not all(map(is_over, before))
         host.end()
     eventually(nothing_is_left)
+
+
+# -- containers ------------------------------------------------------------------------
+
+# As far as it goes without an engine and without root: the first process of its own
+# namespace, under a user id without rights, with a root file system that is read-only.
+CONTAINER = ("unshare", "--user", "--map-root-user", "--mount", "--pid", "--fork")
+CONTAINER += ("--mount-proc", "--kill-child", "sh", "-c")
+CONTAINER += (
+    "mount -o remount,bind,ro / && "
+    'exec unshare --user --map-user=10001 --map-group=10001 env -i "$@"',
+    "sh",
+    sys.executable,
+    "-c",
+)
+CONTAINED = """
+import asyncio, os, psutil, time
+from stepflow_runtime import StepflowRuntime
+
+print(os.getpid(), os.getuid(), os.access("/", os.W_OK), "HOME" in os.environ)
+try:
+    with StepflowRuntime.start(exposure="require-loopback") as runtime:
+        print(asyncio.run(runtime.run({"output": 7})).output, flush=True)
+        time.sleep(60)
+finally:
+    print("left", len(psutil.pids()) - 1, flush=True)
+"""
+
+
+def test_what_a_container_has_is_enough_and_sigterm_ends_it_in_good_order() -> None:
+    if subprocess.run([*CONTAINER, "pass"], check=False).returncode != 0:
+        pytest.skip("no namespaces are to be had here")
+    command = [*CONTAINER, CONTAINED]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        lines = iter(process.stdout)
+        assert next(lines) == "1 10001 False False\n"
+        assert next(lines) == "7\n"
+        (first,) = psutil.Process(process.pid).children()
+        first.terminate()
+        assert next(lines) == "left 0\n"
+    assert process.returncode == 128 + signal.SIGTERM
