@@ -220,7 +220,7 @@ def test_the_applications_own_tests_pass() -> None:
 # -- workers of queues -----------------------------------------------------------------
 
 CELERY_APP = EXAMPLES / "celery_app"
-CELERY = ("-m", "celery", "-A", "tasks", "worker", "--concurrency", "2")
+CELERY = [*("-m", "celery", "-A", "tasks", "worker", "--concurrency", "2")]
 CELERY += ("--without-gossip", "--without-mingle", "--without-heartbeat")
 CALLER = """
 import celery.exceptions, tasks
@@ -256,15 +256,11 @@ def test_celerys_children_have_servers_that_end_with_them(tmp_path: Path) -> Non
 
 # As far as it goes without an engine and without root: the first process of its own
 # namespace, under a user id without rights, with a root file system that is read-only.
-CONTAINER = ("unshare", "--user", "--map-root-user", "--mount", "--pid", "--fork")
-CONTAINER += ("--mount-proc", "--kill-child", "sh", "-c")
-CONTAINER += (
-    "mount -o remount,bind,ro / && "
-    'exec unshare --user --map-user=10001 --map-group=10001 env -i "$@"',
-    "sh",
-    sys.executable,
-    "-c",
-)
+IN_THERE = 'exec unshare --user --map-user=10001 --map-group=10001 env -i "$@"'
+CONTAINER = [*("unshare", "--user", "--map-root-user", "--mount", "--pid", "--fork")]
+CONTAINER += ("--mount-proc", "--kill-child")
+CONTAINER += ("sh", "-c", f"mount -o remount,bind,ro / && {IN_THERE}", "sh")
+CONTAINER += (sys.executable, "-c")
 CONTAINED = """
 import asyncio, os, psutil, time
 from stepflow_runtime import StepflowRuntime
