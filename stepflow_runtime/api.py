@@ -89,6 +89,7 @@ from .executor import (
     Variables,
 )
 from .following import EventFollower
+from .kernel import wake_on_interrupts
 from .logs.entry import LogEntry
 from .many import RunMany
 from .refusals import refusal
@@ -170,6 +171,7 @@ class ApiExecutor(ABC):
         self.__crew = crew
         self.__traffic = traffic
         self.__stored = _Stored()
+        wake_on_interrupts()
 
     @property
     @abstractmethod

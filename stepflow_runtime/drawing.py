@@ -15,7 +15,7 @@ from typing import Final
 
 from .graph import Graph, GraphStep, States, StepState, state_of
 
-__all__ = ["as_svg", "harmless"]
+__all__ = ["STYLE", "as_svg", "harmless"]
 
 # In pixels.
 _LETTER: Final = 7.6
@@ -37,7 +37,7 @@ _SWEEPS: Final = 6
 
 _MOST_LISTED: Final = 200
 
-_STYLE: Final = (
+STYLE: Final = (
     """
 .flow{--line:#64748b;--node:#fff;--edge:#94a3b8;--text:#0f172a;--soft:#475569;
 --completed:#00734d;--completed-fill:#e3f6ee;--failed:#b33c00;--failed-fill:#ffe9df;
@@ -67,15 +67,18 @@ height:auto;max-width:100%}
 )
 
 
-def as_svg(graph: Graph, states: States) -> str:
-    """The whole document; it may stand in a page as it is."""
+def as_svg(graph: Graph, states: States, style: str = STYLE) -> str:
+    """The whole document; it may stand in a page as it is.
+
+    :param style: how it looks; empty where a page says that for all drawings in it
+    """
     if not graph.is_drawable:
-        return _listed(graph)
+        return _listed(graph, style)
     plan = _plan(graph)
     width, height = plan.width + 2 * _MARGIN, plan.height + 2 * _MARGIN
     name = f"Workflow {graph.name}" if graph.name else "Workflow"
     body = "".join(_drawn(plan, states, (), _MARGIN, _MARGIN))
-    return _document(width, height, name, body)
+    return _document(width, height, name, style, body)
 
 
 def harmless(text: str) -> str:
@@ -88,22 +91,23 @@ def harmless(text: str) -> str:
     )
 
 
-def _document(width: float, height: float, title: str, body: str) -> str:
+def _document(width: float, height: float, title: str, style: str, body: str) -> str:
+    looks = f"<style>{style}</style>" if style else ""
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="flow" role="img" '
         f'width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}">'
-        f"<title>{_shown(title)}</title><style>{_STYLE}</style>{body}</svg>"
+        f"<title>{_shown(title)}</title>{looks}{body}</svg>"
     )
 
 
-def _listed(graph: Graph) -> str:
+def _listed(graph: Graph, style: str) -> str:
     head = f"{graph.size} steps, too many to be drawn. The first of them:"
     lines = [head, *(step.id for step in graph.steps[:_MOST_LISTED])]
     texts = "".join(
         f'<text x="{_MARGIN}" y="{_MARGIN + _LINE * place}">{_shown(_cut(line, 100))}</text>'
         for place, line in enumerate(lines, 1)
     )
-    return _document(800, _LINE * len(lines) + 3 * _MARGIN, head, texts)
+    return _document(800, _LINE * len(lines) + 3 * _MARGIN, head, style, texts)
 
 
 def _shown(text: str) -> str:

@@ -12,6 +12,8 @@ from typing import Any
 
 import msgspec
 
+from .reprs import repr_of
+
 __all__ = [
     "ItemCompleted",
     "RunCompleted",
@@ -71,6 +73,8 @@ class RunEvent(msgspec.Struct, frozen=True, kw_only=True):
     sequence_number: int
     run_id: str
     timestamp: datetime | None = None
+
+    __repr__ = repr_of()
 
 
 class RunCreated(RunEvent, frozen=True, kw_only=True):

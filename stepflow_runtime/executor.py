@@ -25,6 +25,7 @@ import msgspec
 from .errors import FlowFailedError
 from .events import RunEvent, RunStatus
 from .logs.entry import LogEntry
+from .reprs import component_list_repr, repr_of
 
 if TYPE_CHECKING:
     from .timeline import Timeline
@@ -123,6 +124,13 @@ class FlowError(msgspec.Struct, frozen=True, kw_only=True):
     attempts: int | None = None
     logs: tuple[LogEntry, ...] = ()
 
+    __repr__ = repr_of()
+
+    def _repr_html_(self) -> str:
+        from .notebook import error_html
+
+        return error_html(self)
+
     def __str__(self) -> str:
         """All of it, for people: a line, and the log entries below it."""
         where = f"step {self.step_id!r}" if self.step_id is not None else ""
@@ -151,12 +159,21 @@ class FlowResult(msgspec.Struct, frozen=True, kw_only=True):
     error: FlowError | None = None
     item_index: int = 0
 
+    __repr__ = repr_of()
+
+    def _repr_html_(self) -> str:
+        from .notebook import result_html
+
+        return result_html(self)
+
     @property
     def is_success(self) -> bool:
+        """Whether the flow succeeded, and there is an ``output``."""
         return self.status is FlowStatus.SUCCESS
 
     @property
     def is_failed(self) -> bool:
+        """Whether the flow failed, and there is an ``error``."""
         return self.status is FlowStatus.FAILED
 
     @property
@@ -169,6 +186,7 @@ class FlowResult(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_running(self) -> bool:
+        """Whether it was not over when it was asked for."""
         return self.status is FlowStatus.RUNNING
 
     def unwrap(self) -> Any:
@@ -209,6 +227,8 @@ class Diagnostic(msgspec.Struct, frozen=True):
     path: str | None = None
     kind: str = ""
 
+    __repr__ = repr_of()
+
     def __str__(self) -> str:
         return f"{self.path or '$'}: {self.level}: {self.message}"
 
@@ -220,6 +240,13 @@ class ValidationResult(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     diagnostics: tuple[Diagnostic, ...] = ()
+
+    __repr__ = repr_of("is_valid", "errors", "warnings")
+
+    def _repr_html_(self) -> str:
+        from .notebook import validation_html
+
+        return validation_html(self)
 
     @property
     def is_valid(self) -> bool:
@@ -233,6 +260,7 @@ class ValidationResult(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def warnings(self) -> tuple[Diagnostic, ...]:
+        """The diagnostics that keep no workflow from being run."""
         return tuple(d for d in self.diagnostics if d.level == "warning")
 
 
@@ -254,6 +282,8 @@ class ComponentInfo(msgspec.Struct, frozen=True, kw_only=True):
     input_schema: Mapping[str, Any] | None = None
     output_schema: Mapping[str, Any] | None = None
 
+    __repr__ = repr_of("path", "plugin", "description")
+
 
 class ComponentList(list[ComponentInfo]):
     """The components that there are: a list, that also knows what is missing in it.
@@ -269,6 +299,13 @@ class ComponentList(list[ComponentInfo]):
     ) -> None:
         super().__init__(components)
         self.failed_plugins = dict(failed_plugins or {})
+
+    __repr__ = component_list_repr
+
+    def _repr_html_(self) -> str:
+        from .notebook import components_html
+
+        return components_html(self)
 
     @property
     def is_complete(self) -> bool:
@@ -314,8 +351,11 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     orchestrator_id: str | None = None
     last_sequence_number: int | None = None
 
+    __repr__ = repr_of("run_id", "status", "flow_name", "items", "created_at")
+
     @property
     def has_ended(self) -> bool:
+        """Whether it is over, well or not."""
         return self.status.is_final
 
 
@@ -341,6 +381,10 @@ class StepInfo(msgspec.Struct, frozen=True, kw_only=True):
     error: FlowError | None = None
     updated_at: datetime | None = None
 
+    __repr__ = repr_of(
+        "step_id", "status", "item_index", "component", "output", "error"
+    )
+
 
 class FlowVariable(msgspec.Struct, frozen=True, kw_only=True):
     """A variable that a workflow declares.
@@ -359,6 +403,8 @@ class FlowVariable(msgspec.Struct, frozen=True, kw_only=True):
     env_var: str | None = None
     schema: Mapping[str, Any] | None = None
 
+    __repr__ = repr_of()
+
 
 class Health(msgspec.Struct, frozen=True, kw_only=True):
     """What a server says of itself.
@@ -372,8 +418,11 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
     timestamp: datetime | None = None
     version: str | None = None
 
+    __repr__ = repr_of()
+
     @property
     def is_healthy(self) -> bool:
+        """Whether the server says that it is."""
         return self.status == "healthy"
 
 

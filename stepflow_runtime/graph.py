@@ -15,6 +15,8 @@ from typing import Any, Final, TypeAlias
 
 import msgspec
 
+from .reprs import repr_of
+
 __all__ = ["MOST_DRAWN", "Edge", "Graph", "GraphStep", "States", "StepState"]
 
 # Of one document, with all that is nested in it.
@@ -96,6 +98,8 @@ class GraphStep(msgspec.Struct, frozen=True, kw_only=True):
     must_execute: bool = False
     nested: tuple[Graph, ...] = ()
 
+    __repr__ = repr_of()
+
 
 class Graph(msgspec.Struct, frozen=True, kw_only=True):
     """The steps of a workflow and what they take from each other.
@@ -110,6 +114,13 @@ class Graph(msgspec.Struct, frozen=True, kw_only=True):
     steps: tuple[GraphStep, ...] = ()
     edges: tuple[Edge, ...] = ()
     is_cut: bool = False
+
+    __repr__ = repr_of()
+
+    def _repr_html_(self) -> str:
+        from .notebook import graph_html
+
+        return graph_html(self)
 
     @classmethod
     def of(cls, flow: Mapping[str, Any]) -> Graph:

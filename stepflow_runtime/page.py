@@ -9,21 +9,24 @@ by its name is starred. Bounded: of what there is too much, the first or the wor
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
-from html import escape
 from typing import Any, Final
 
-import msgspec
-
-from .drawing import harmless
 from .executor import FlowError
 from .graph import Graph, GraphStep, StepState
 from .page_style import STYLE
-from .server.secrecy import Secrets
+from .page_words import (
+    PEEK,
+    Values,
+    as_text,
+    counted,
+    cut,
+    lasting,
+    mark,
+    number_of,
+)
 from .timeline import (
-    Omitted,
     StepAttempt,
     Timeline,
     TimelineItem,
@@ -31,7 +34,7 @@ from .timeline import (
     TimelineStep,
 )
 
-__all__ = ["as_html"]
+__all__ = ["Page", "as_html", "strip"]
 
 _POLICY: Final = (
     "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -43,10 +46,9 @@ _MOST_SHOWN: Final = 20
 _MOST_ROWS: Final = 1_500
 _CHUNK: Final = 500
 
-# Characters: of a value, of all values together, and of one in a list.
+# Characters: of a value, and of all values together.
 _LONGEST: Final = 16_000
 _MOST_TEXT: Final = 4_000_000
-_PEEK: Final = 120
 _LONGEST_LOG: Final = 4_000
 
 _FEW_LOGS: Final = 40
@@ -66,104 +68,8 @@ _BY_STATUS: Final = {
 
 
 def as_html(timeline: Timeline) -> str:
-    page = "".join(_Page(timeline).parts())
+    page = "".join(Page(timeline).parts())
     return page.encode("ascii", "xmlcharrefreplace").decode()
-
-
-# -- words -----------------------------------------------------------------------------
-
-
-def _text(value: str) -> str:
-    return escape(harmless(value), quote=True)
-
-
-def _cut(text: str, longest: int) -> str:
-    return text if len(text) <= longest else text[: longest - 1] + "…"
-
-
-def _duration(duration: timedelta | None) -> str:
-    if duration is None:
-        return ""
-    seconds = max(duration.total_seconds(), 0.0)
-    if seconds < 0.001:
-        return f"{seconds * 1e6:.0f} µs"
-    if seconds < 1:
-        return f"{seconds * 1e3:.3g} ms"
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02} s"
-    return f"{minutes // 60:,} h {minutes % 60:02} min"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
-def _mark(state: StepState) -> str:
-    return f'<b class="mark {state.value}" title="{state.value}">{state.mark}</b>'
-
-
-class _Values:
-    """What a run has made, as text that may stand in the page."""
-
-    def __init__(self, timeline: Timeline) -> None:
-        self._left = _MOST_TEXT
-        known = (_decoded(value) for value in _values_of(timeline))
-        self._secrets = Secrets.of(*known)
-
-    def block(self, title: str, value: Any, note: str = "") -> str:
-        if isinstance(value, Omitted):
-            size = "" if value.size is None else f" ({value.size:,} bytes)"
-            return f"<h3>{title} <small>left out{size}</small></h3>"
-        text = self.pretty(value)
-        longest = min(_LONGEST, max(self._left, _PEEK))
-        self._left -= min(len(text), longest)
-        if len(text) > longest:
-            note = f"the first of {len(text):,} characters {note}"
-        small = f" <small>{note}</small>" if note else ""
-        return f"<h3>{title}{small}</h3><pre>{_text(_cut(text, longest))}</pre>"
-
-    def pretty(self, value: Any) -> str:
-        encoded = self._starred(_encoded(value))
-        with suppress(msgspec.MsgspecError):
-            encoded = msgspec.json.format(encoded, indent=2)
-        return encoded.decode(errors="replace")
-
-    def peek(self, value: Any) -> str:
-        if isinstance(value, Omitted):
-            return ""
-        encoded = self._starred(_encoded(value))
-        return _cut(encoded[: 4 * _PEEK].decode(errors="replace"), _PEEK)
-
-    def text(self, text: str) -> str:
-        return self._starred(text.encode(errors="replace")).decode(errors="replace")
-
-    def _starred(self, text: bytes) -> bytes:
-        return self._secrets.starred([text])[0] if self._secrets else text
-
-
-def _encoded(value: Any) -> bytes:
-    try:
-        return msgspec.json.encode(value)
-    except (TypeError, ValueError, RecursionError):  # by hand: what no server gives
-        return f"({type(value).__name__})".encode()
-
-
-def _decoded(value: Any) -> Any:
-    with suppress(msgspec.MsgspecError, RecursionError):
-        return msgspec.json.decode(_encoded(value))
-    return None
-
-
-def _values_of(timeline: Timeline) -> Iterator[Any]:
-    if timeline.graph is not None:
-        yield [step.input for step in timeline.graph.steps]
-    yield from (step.output for step in timeline.steps)
-    yield from (item.output for item in timeline.items)
-    for run in timeline.sub_runs:
-        yield from _values_of(run)
 
 
 # -- time ------------------------------------------------------------------------------
@@ -192,7 +98,7 @@ class _Axis:
     ) -> str:
         # A server's clock may be set back: what ends before it begins has no length.
         left, right = self.place(start), self.place(max(start, end))
-        told = f' title="{_text(title)}"' if title else ""
+        told = f' title="{as_text(title)}"' if title else ""
         return (
             f'<i class="{kind}"{told} style="left:min({left:.2f}%,100% - 3px);'
             f'width:{right - left:.2f}%">{label}</i>'
@@ -211,7 +117,7 @@ class _Axis:
         tick = self.tick
         labels = "".join(
             f'<span style="left:{number * tick / self.seconds * 100:.2f}%">'
-            f"{_duration(timedelta(seconds=number * tick)) if number else '0'}</span>"
+            f"{lasting(timedelta(seconds=number * tick)) if number else '0'}</span>"
             for number in range(int(self.seconds / tick * 0.96) + 1)
         )
         return f'<div class="axis"><span></span><span class="track">{labels}</span><span></span></div>'
@@ -237,12 +143,26 @@ def _times_of_step(step: TimelineStep) -> Iterator[datetime | None]:
 # -- the page --------------------------------------------------------------------------
 
 
-class _Page:
-    def __init__(self, timeline: Timeline) -> None:
+class Page:
+    """What is in the page of a run; a notebook shows some of it.
+
+    :param most_rows: so many rows of the chart, at most
+    :param longest: so many characters of a value
+    :param most_text: and about so many of all values
+    """
+
+    def __init__(
+        self,
+        timeline: Timeline,
+        *,
+        most_rows: int = _MOST_ROWS,
+        longest: int = _LONGEST,
+        most_text: int = _MOST_TEXT,
+    ) -> None:
         self._timeline = timeline
-        self._values = _Values(timeline)
+        self._values = Values(_values_of(timeline), longest=longest, most=most_text)
         self._axis = _Axis(_times_of(timeline))
-        self._rows_left = _MOST_ROWS
+        self._rows_left = most_rows
         self._rows_left_out = 0
         self._runs = {each.run_id: n for n, each in enumerate(_all_runs(timeline))}
         self._lines_of: dict[tuple[str, int | None, str], list[int]] = {}
@@ -269,7 +189,7 @@ class _Page:
             f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
             '<meta name="viewport" content="width=device-width,initial-scale=1">'
             '<meta name="referrer" content="no-referrer">'
-            f"<title>{_text(_cut(name, 100))}: {timeline.status.name.lower()}</title>"
+            f"<title>{as_text(cut(name, 100))}: {timeline.status.name.lower()}</title>"
             f"<style>{STYLE}</style></head><body>"
         )
         yield from self._head(name)
@@ -277,58 +197,63 @@ class _Page:
         yield from steps
         yield from self._all_items()
         yield from self._log()
-        yield f"<footer>Run {_text(timeline.run_id)}</footer></body></html>\n"
+        yield f"<footer>Run {as_text(timeline.run_id)}</footer></body></html>\n"
 
     # -- the head ----------------------------------------------------------------------
 
     def _head(self, name: str) -> Iterator[str]:
-        timeline = self._timeline
-        state = _BY_STATUS.get(timeline.status.name, StepState.WAITING)
-        word = timeline.status.name.lower().replace("_", " ")
-        yield (
-            f'<header><h1>{_text(_cut(name, 200))}</h1><span class="badge {state.value}">'
-            f"{state.mark} {word}</span></header>"
-        )
+        yield f"<header><h1>{as_text(cut(name, 200))}</h1>{self._badge()}</header>"
         facts = "".join(
             f"<div><dt>{title}</dt><dd>{text}</dd></div>"
             for title, text in self._facts()
         )
         yield f'<dl class="facts">{facts}</dl>'
+        yield self._links()
+        yield self._notes()
+
+    def _links(self) -> str:
+        timeline = self._timeline
         links = [("graph", "Graph"), ("steps", "Steps")]
         links += [("items", "Items")] if len(timeline.items) > 1 else []
         links += [("log", "Log")] if timeline.logs else []
-        yield "<nav>"
-        yield "".join(f'<a href="#{anchor}">{title}</a>' for anchor, title in links)
-        yield "</nav>"
-        notes = list(timeline.notes)
+        anchors = (f'<a href="#{anchor}">{title}</a>' for anchor, title in links)
+        return f"<nav>{''.join(anchors)}</nav>"
+
+    def _notes(self) -> str:
+        notes = list(self._timeline.notes)
         if self._rows_left_out:
-            rows = _count(self._rows_left_out, "row")
+            rows = number_of(self._rows_left_out, "row")
             notes.append(f"{rows} of the chart left out: there are too many.")
-        if notes:
-            lines = "".join(f"<li>{_text(note)}</li>" for note in notes)
-            yield f'<ul class="notes">{lines}</ul>'
+        lines = "".join(f"<li>{as_text(note)}</li>" for note in notes)
+        return f'<ul class="notes">{lines}</ul>' if lines else ""
+
+    def _badge(self) -> str:
+        status = self._timeline.status.name
+        state = _BY_STATUS.get(status, StepState.WAITING)
+        word = status.lower().replace("_", " ")
+        return f'<span class="badge {state.value}">{state.mark} {word}</span>'
 
     def _facts(self) -> Iterator[tuple[str, str]]:
         timeline = self._timeline
-        duration = _duration(timeline.duration)
+        duration = lasting(timeline.duration)
         yield "Duration", duration if timeline.ended else f"{duration} so far"
         if timeline.started is not None:
             yield "Started", f"{timeline.started:%Y-%m-%d %H:%M:%S.%f}"[:-3] + " UTC"
         if len(timeline.items) > 1:
             counts = Counter(item.state for item in timeline.items)
-            yield "Items", f"{len(timeline.items):,}: {_counted(counts)}"
+            yield "Items", f"{len(timeline.items):,}: {counted(counts)}"
         steps = [step for run in _all_runs(timeline) for step in run.steps]
-        yield "Steps", _counted(Counter(step.state for step in steps)) or "none"
+        yield "Steps", counted(Counter(step.state for step in steps)) or "none"
         if retried := sum(len(step.attempts) > 1 for step in steps):
-            yield "Tried again", _count(retried, "step")
+            yield "Tried again", number_of(retried, "step")
         if timeline.sub_runs:
             yield "Sub-runs", f"{len(self._runs) - 1:,}"
-        yield "Run", f"<code>{_text(timeline.run_id)}</code>"
+        yield "Run", f"<code>{as_text(timeline.run_id)}</code>"
         if timeline.flow_id is not None:
-            short = _cut(timeline.flow_id, 17)
+            short = cut(timeline.flow_id, 17)
             yield (
                 "Workflow",
-                f'<code title="{_text(timeline.flow_id)}">{_text(short)}</code>',
+                f'<code title="{as_text(timeline.flow_id)}">{as_text(short)}</code>',
             )
 
     def _graph(self) -> Iterator[str]:
@@ -343,13 +268,20 @@ class _Page:
 
     def _steps(self) -> Iterator[str]:
         yield '<h2 id="steps">Steps</h2>'
-        if len(self._timeline.items) <= _FEW_ITEMS:
-            yield from self._chart(
-                self._axis, self._run_rows(self._timeline, self._axis, 0)
-            )
-        else:
+        if self._is_batch:
             yield from self._overview()
             yield from self._some_items()
+        else:
+            yield from self._chart_of_all()
+
+    @property
+    def _is_batch(self) -> bool:
+        """Whether there are too many items to be shown step by step on one axis."""
+        return len(self._timeline.items) > _FEW_ITEMS
+
+    def _chart_of_all(self) -> Iterator[str]:
+        rows = self._run_rows(self._timeline, self._axis, 0)
+        yield from self._chart(self._axis, rows)
 
     def _chart(self, axis: _Axis, rows: Iterable[str]) -> Iterator[str]:
         yield f'<div style="{axis.style}">{axis.head()}'
@@ -399,11 +331,11 @@ class _Page:
         bar = axis.bar("run", start, end) if start and end else ""
         yield (
             f'<div class="row run" id="run{self._runs[run.run_id]}">'
-            f'<span class="name" style="--depth:{depth}">{_text(_cut(name, 100))}'
-            f"<small>{_count(len(run.items), 'item')}: "
-            f"{_counted(Counter(item.state for item in run.items))}</small></span>"
+            f'<span class="name" style="--depth:{depth}">{as_text(cut(name, 100))}'
+            f"<small>{number_of(len(run.items), 'item')}: "
+            f"{counted(Counter(item.state for item in run.items))}</small></span>"
             f'<span class="track">{bar}</span>'
-            f'<span class="time">{_duration(run.duration)}</span></div>'
+            f'<span class="time">{lasting(run.duration)}</span></div>'
         )
         yield from self._run_rows(run, axis, depth + 1)
 
@@ -420,9 +352,9 @@ class _Page:
             bar = axis.bar("run", item.started, end)
         return (
             f'<div class="row item"><span class="name" style="--depth:{depth}">'
-            f"{_mark(item.state)} item {item.index:,}</span>"
+            f"{mark(item.state)} item {item.index:,}</span>"
             f'<span class="track">{bar}</span>'
-            f'<span class="time">{_duration(item.duration)}</span></div>'
+            f'<span class="time">{lasting(item.duration)}</span></div>'
         )
 
     def _step_row(
@@ -431,15 +363,15 @@ class _Page:
         anchor = f"s{self._runs[run.run_id]}-{step.item_index}-{step.step_index}"
         self._rows.setdefault((run.run_id, step.item_index, step.step_id), anchor)
         self._rows.setdefault((run.run_id, None, step.step_id), anchor)
-        component = f"<small>{_text(_cut(step.component or '', 60))}</small>"
+        component = f"<small>{as_text(cut(step.component or '', 60))}</small>"
         title = f"{step.step_id} ({step.component})"
         body = "".join(self._body(run, step))
         return (
-            f'<details class="row" id="{anchor}"><summary title="{_text(_cut(title, 300))}">'
-            f'<span class="name" style="--depth:{depth}">{_mark(step.state)} '
-            f"{_text(_cut(step.step_id, 80))}{component}</span>"
+            f'<details class="row" id="{anchor}"><summary title="{as_text(cut(title, 300))}">'
+            f'<span class="name" style="--depth:{depth}">{mark(step.state)} '
+            f"{as_text(cut(step.step_id, 80))}{component}</span>"
             f'<span class="track">{"".join(_bars(step, run.seen, axis))}</span>'
-            f'<span class="time">{_duration(_so_far(step, run.seen))}</span></summary>'
+            f'<span class="time">{lasting(_so_far(step, run.seen))}</span></summary>'
             f'<div class="body" style="--depth:{depth}">{body}</div></details>'
         )
 
@@ -468,13 +400,13 @@ class _Page:
             yield f"<h3>Log lines</h3><p>{links}{more}</p>"
 
     def _circumstances(self, run: Timeline, step: TimelineStep) -> str:
-        words = f", after it had waited {_duration(step.waited)}" if step.waited else ""
+        words = f", after it had waited {lasting(step.waited)}" if step.waited else ""
         failed = self._failed.get((run.run_id, step.item_index), {})
         if step.state is StepState.FAILED and run.graph is not None:
             # The server lets a step fail whose input cannot be had, with the same words.
             sources = _sources(run.graph, step.step_index)
             names = [
-                _text(_cut(failed[each], 80)) for each in sources if each in failed
+                as_text(cut(failed[each], 80)) for each in sources if each in failed
             ]
             if names:
                 words += f", since what it takes from {', '.join(names)} is not there"
@@ -493,18 +425,19 @@ class _Page:
                     attempt.ended - attempt.started - timedelta(seconds=attempt.pause)
                 )
             pause = timedelta(seconds=attempt.pause) if attempt.pause else None
-            reason = f": {_text(attempt.reason)}" if attempt.reason else ""
+            reason = ""
+            if attempt.reason:
+                reason = f": {as_text(cut(self._values.text(attempt.reason), 2_000))}"
             yield (
-                f"<tr><td>{attempt.number}</td><td>{begun}</td><td>{_duration(took)}</td>"
-                f"<td>{_duration(pause)}</td>"
-                f"<td>{_mark(attempt.state)} {attempt.state.value}{reason}</td></tr>"
+                f"<tr><td>{attempt.number}</td><td>{begun}</td><td>{lasting(took)}</td>"
+                f"<td>{lasting(pause)}</td>"
+                f"<td>{mark(attempt.state)} {attempt.state.value}{reason}</td></tr>"
             )
         yield "</table>"
 
     def _error(self, error: FlowError) -> str:
         lines = [f"{error.code}: {error.message}", *(log.message for log in error.logs)]
-        text = _cut(self._values.text("\n".join(lines)), _LONGEST)
-        return f"<h3>Error</h3><pre>{_text(text)}</pre>"
+        return self._values.block_of_text("Error", self._values.text("\n".join(lines)))
 
     # -- many items --------------------------------------------------------------------
 
@@ -532,12 +465,12 @@ class _Page:
         longest, item = timed[-1] if timed else (None, None)
         of_item = "" if item is None else f' <a href="#i{item}">item {item:,}</a>'
         retried = sum(len(step.attempts) > 1 for step in steps)
-        counts = _counted(Counter(step.state for step in steps))
+        counts = counted(Counter(step.state for step in steps))
         return (
-            f"<tr><td>{_text(_cut(first.step_id, 60))}<br><small>"
-            f"{_text(_cut(first.component or '', 60))}</small></td><td>{counts}</td>"
-            f'<td class="n">{_duration(median)}</td><td class="n">{_duration(slow)}</td>'
-            f'<td class="n">{_duration(longest)}{of_item}</td><td class="n">{retried:,}</td>'
+            f"<tr><td>{as_text(cut(first.step_id, 60))}<br><small>"
+            f"{as_text(cut(first.component or '', 60))}</small></td><td>{counts}</td>"
+            f'<td class="n">{lasting(median)}</td><td class="n">{lasting(slow)}</td>'
+            f'<td class="n">{lasting(longest)}{of_item}</td><td class="n">{retried:,}</td>'
             f"<td>{self._spark(steps)}</td></tr>"
         )
 
@@ -583,14 +516,14 @@ class _Page:
             self._shown_items.add(item.index)
             axis = _Axis(time for step in steps for time in _times_of_step(step))
             yield (
-                f'<details class="items" id="d{item.index}"><summary>{_mark(item.state)} '
-                f"item {item.index:,} &middot; {_duration(item.duration)}</summary>"
+                f'<details class="items" id="d{item.index}"><summary>{mark(item.state)} '
+                f"item {item.index:,} &middot; {lasting(item.duration)}</summary>"
             )
             rows = self._item_steps(self._timeline, steps, inner, axis, 0)
             yield from self._chart(axis, rows)
             yield f'<div class="body">{self._end_of(item)}</div></details>'
         if left := sum(map(len, inner.values())):
-            yield f"<p>{_count(left, 'sub-run')} of other items not shown.</p>"
+            yield f"<p>{number_of(left, 'sub-run')} of other items not shown.</p>"
 
     def _end_of(self, item: TimelineItem) -> str:
         if item.error is not None:
@@ -604,10 +537,10 @@ class _Page:
         if len(items) <= 1:
             return
         yield '<h2 id="items">Items</h2>'
-        yield _strip(items)
+        yield strip(items)
         for first in range(0, len(items), _CHUNK):
             chunk = items[first : first + _CHUNK]
-            counts = _counted(Counter(item.state for item in chunk))
+            counts = counted(Counter(item.state for item in chunk))
             is_open = " open" if len(items) <= _CHUNK else ""
             yield (
                 f'<details class="items" id="c{first // _CHUNK}"{is_open}><summary>'
@@ -629,9 +562,9 @@ class _Page:
         elif item.state is StepState.COMPLETED:
             told = self._values.peek(item.output)
         return (
-            f'<li id="i{item.index}"><span class="n">{number}</span>{_mark(item.state)}'
-            f'<span class="track">{bar}</span><span class="n">{_duration(item.duration)}'
-            f'</span><span class="peek">{_text(_cut(told, _PEEK))}</span></li>'
+            f'<li id="i{item.index}"><span class="n">{number}</span>{mark(item.state)}'
+            f'<span class="track">{bar}</span><span class="n">{lasting(item.duration)}'
+            f'</span><span class="peek">{as_text(cut(told, PEEK))}</span></li>'
         )
 
     # -- the log -----------------------------------------------------------------------
@@ -643,7 +576,7 @@ class _Page:
         is_open = " open" if len(logs) <= _FEW_LOGS else ""
         yield (
             f'<h2 id="log">Log</h2><details class="items"{is_open}><summary>'
-            f'{_count(len(logs), "line")}</summary><ol class="log">'
+            f'{number_of(len(logs), "line")}</summary><ol class="log">'
         )
         for place, log in enumerate(logs):
             yield self._log_line(place, log)
@@ -653,17 +586,26 @@ class _Page:
         entry = log.entry
         step = ""
         if log.step_id is not None:
-            step = _text(_cut(log.step_id, 40))
+            step = as_text(cut(log.step_id, 40))
             key = (log.run_id, log.item_index, log.step_id)
             if (anchor := self._rows.get(key)) is not None:
                 step = f'<a href="#{anchor}">{step}</a>'
         level = entry.level if entry.level in ("WARN", "ERROR") else ""
-        message = _cut(self._values.text(entry.message), _LONGEST_LOG)
+        message = cut(self._values.text(entry.message), _LONGEST_LOG)
         return (
             f'<li id="l{place}" class="{level}"><span class="time">'
-            f"{_since(entry.timestamp, self._axis.start)}</span><b>{_text(entry.level)}</b>"
-            f"<span>{step}</span><span>{_text(message)}</span></li>"
+            f"{_since(entry.timestamp, self._axis.start)}</span><b>{as_text(entry.level)}</b>"
+            f"<span>{step}</span><span>{as_text(message)}</span></li>"
         )
+
+
+def _values_of(timeline: Timeline) -> Iterator[Any]:
+    if timeline.graph is not None:
+        yield [step.input for step in timeline.graph.steps]
+    yield from (step.output for step in timeline.steps)
+    yield from (item.output for item in timeline.items)
+    for run in timeline.sub_runs:
+        yield from _values_of(run)
 
 
 def _all_runs(timeline: Timeline) -> Iterator[Timeline]:
@@ -688,8 +630,8 @@ def _more_items(
     others = [item for item in items if item.index not in shown]
     return (
         f'<div class="row run"><span class="name" style="--depth:{depth}">'
-        f"{_count(len(others), 'more item')}<small>"
-        f"{_counted(Counter(item.state for item in others))}</small></span></div>"
+        f"{number_of(len(others), 'more item')}<small>"
+        f"{counted(Counter(item.state for item in others))}</small></span></div>"
     )
 
 
@@ -725,26 +667,14 @@ def _order(step: TimelineStep) -> tuple[datetime, int]:
     return step.started or _LATEST, step.step_index
 
 
-def _counted(counts: Mapping[StepState, int]) -> str:
-    return ", ".join(
-        f"{_mark(state)}{counts[state]:,} {state.value}"
-        for state in StepState
-        if counts.get(state)
-    )
-
-
 def _since(time: datetime | None, start: datetime) -> str:
     if time is None:
         return ""
-    return (
-        f"+{_duration(time - start)}"
-        if time >= start
-        else f"-{_duration(start - time)}"
-    )
+    return f"+{lasting(time - start)}" if time >= start else f"-{lasting(start - time)}"
 
 
 def _bucket(axis: _Axis) -> str:
-    return _duration(timedelta(seconds=axis.seconds / _BUCKETS))
+    return lasting(timedelta(seconds=axis.seconds / _BUCKETS))
 
 
 def _so_far(step: TimelineStep, seen: datetime | None) -> timedelta | None:
@@ -763,7 +693,7 @@ def _bars(step: TimelineStep, seen: datetime | None, axis: _Axis) -> Iterator[st
         and step.started is not None
         and step.started > step.ready
     ):
-        waited = f"waited {_duration(step.waited)}"
+        waited = f"waited {lasting(step.waited)}"
         yield axis.bar("wait", step.ready, step.started, waited)
     for attempt in step.attempts:
         yield from _attempt_bars(attempt, seen, axis, len(step.attempts) > 1)
@@ -777,14 +707,14 @@ def _attempt_bars(
         return
     if attempt.pause:
         again = min(start + timedelta(seconds=attempt.pause), max(end, start))
-        yield axis.bar("pause", start, again, f"paused {_duration(again - start)}")
+        yield axis.bar("pause", start, again, f"paused {lasting(again - start)}")
         start = again
     label = str(attempt.number) if is_one_of_several else ""
-    title = f"attempt {attempt.number}: {attempt.state.value}, {_duration(end - start)}"
+    title = f"attempt {attempt.number}: {attempt.state.value}, {lasting(end - start)}"
     yield axis.bar(attempt.state.value, start, max(end, start), title, label)
 
 
-def _strip(items: Sequence[TimelineItem]) -> str:
+def strip(items: Sequence[TimelineItem]) -> str:
     """All items at a glance: a square each, by state; those that failed are the largest."""
     columns = min(_COLUMNS, max(len(items), 50))
     size = 6

@@ -4,36 +4,11 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["STYLE"]
+__all__ = ["CHART", "STYLE"]
 
-STYLE: Final = """
-:root{color-scheme:light dark;--paper:#fff;--card:#f8fafc;--rule:#e2e8f0;--text:#0f172a;
---soft:#475569;--link:#1d4ed8;--completed:#00875a;--failed:#c2410c;--running:#2563eb;
---cancelled:#7c3aed;--waiting:#94a3b8;--unused:#94a3b8;--on:#fff;--hatch:#fff8}
-@media(prefers-color-scheme:dark){:root{--paper:#0f172a;--card:#18233a;--rule:#2c3a52;
---text:#f1f5f9;--soft:#a8b4c6;--link:#8ab4ff;--completed:#2fbf8b;--failed:#ff8a50;
---running:#6ea8ff;--cancelled:#b794ff;--waiting:#64748b;--unused:#64748b;--on:#0f172a;
---hatch:#0005}}
-*{box-sizing:border-box}
-body{margin:0 auto;max-width:1280px;padding:28px 24px 80px;background:var(--paper);
-color:var(--text);font:14px/1.5 ui-sans-serif,system-ui,"Segoe UI",Helvetica,Arial,sans-serif}
-h1{font-size:24px;margin:0;overflow-wrap:anywhere}
-h2{font-size:16px;margin:34px 0 10px;padding-top:6px}
-a{color:var(--link);text-decoration:none}a:hover{text-decoration:underline}
-:focus-visible{outline:2px solid var(--link);outline-offset:1px;border-radius:3px}
-:target{outline:2px solid var(--link);outline-offset:2px;border-radius:4px}
-code,pre,.log{font:12.5px/1.5 ui-monospace,"SF Mono",Menlo,Consolas,monospace}
-pre{margin:4px 0 10px;padding:8px 10px;background:var(--card);border:1px solid var(--rule);
-border-radius:6px;white-space:pre-wrap;overflow-wrap:anywhere;max-height:420px;overflow:auto}
-header{display:flex;flex-wrap:wrap;gap:8px 14px;align-items:center}
+# What is in rows of a chart, wherever that stands: classes only, and colours by name.
+CHART: Final = """
 .badge{font-weight:600;padding:2px 11px;border-radius:99px;color:var(--on);background:var(--c)}
-.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,max-content));
-gap:8px 34px;margin:18px 0 0}
-.facts dt{color:var(--soft);font-size:12px}.facts dd{margin:0;overflow-wrap:anywhere}
-nav{margin-top:16px;display:flex;flex-wrap:wrap;gap:4px 18px}
-.notes{margin:16px 0 0;padding:9px 14px 9px 30px;background:var(--card);
-border:1px solid var(--rule);border-radius:6px;color:var(--soft)}
-.graph{overflow-x:auto;padding:6px 0}
 .completed{--c:var(--completed)}.failed{--c:var(--failed)}.running{--c:var(--running)}
 .cancelled{--c:var(--cancelled)}.waiting{--c:var(--waiting)}.unused{--c:var(--unused)}
 .mark{color:var(--c);font-weight:700;display:inline-block;width:1.3em;text-align:center}
@@ -60,17 +35,48 @@ overflow:hidden}
 .track i.wait{top:12px;height:2px;background:var(--waiting);border-radius:0;min-width:0}
 .track i.pause{background-color:var(--waiting);opacity:.55}
 .track i.run{top:10px;height:6px;background:var(--rule);border:1px solid var(--waiting)}
-.body{padding:4px 12px 12px calc(var(--depth,0)*18px + 24px)}
-.items>.body{padding-left:24px}
+.spark{display:block;width:100%;min-width:140px;height:26px}.spark path{fill:var(--running)}
+.strip{display:block;width:100%;max-width:1200px;margin:4px 0 12px}
+.strip path{fill:var(--c)}.strip rect{fill:transparent}
 .body h3{font-size:12px;margin:10px 0 0;color:var(--soft);font-weight:600}
 .body p{margin:6px 0}.body h3 small{font-weight:400}
+""".strip()
+
+STYLE: Final = (
+    CHART
+    + """
+:root{color-scheme:light dark;--paper:#fff;--card:#f8fafc;--rule:#e2e8f0;--text:#0f172a;
+--soft:#475569;--link:#1d4ed8;--completed:#00875a;--failed:#c2410c;--running:#2563eb;
+--cancelled:#7c3aed;--waiting:#94a3b8;--unused:#94a3b8;--on:#fff;--hatch:#fff8}
+@media(prefers-color-scheme:dark){:root{--paper:#0f172a;--card:#18233a;--rule:#2c3a52;
+--text:#f1f5f9;--soft:#a8b4c6;--link:#8ab4ff;--completed:#2fbf8b;--failed:#ff8a50;
+--running:#6ea8ff;--cancelled:#b794ff;--waiting:#64748b;--unused:#64748b;--on:#0f172a;
+--hatch:#0005}}
+*{box-sizing:border-box}
+body{margin:0 auto;max-width:1280px;padding:28px 24px 80px;background:var(--paper);
+color:var(--text);font:14px/1.5 ui-sans-serif,system-ui,"Segoe UI",Helvetica,Arial,sans-serif}
+h1{font-size:24px;margin:0;overflow-wrap:anywhere}
+h2{font-size:16px;margin:34px 0 10px;padding-top:6px}
+a{color:var(--link);text-decoration:none}a:hover{text-decoration:underline}
+:focus-visible{outline:2px solid var(--link);outline-offset:1px;border-radius:3px}
+:target{outline:2px solid var(--link);outline-offset:2px;border-radius:4px}
+code,pre,.log{font:12.5px/1.5 ui-monospace,"SF Mono",Menlo,Consolas,monospace}
+pre{margin:4px 0 10px;padding:8px 10px;background:var(--card);border:1px solid var(--rule);
+border-radius:6px;white-space:pre-wrap;overflow-wrap:anywhere;max-height:420px;overflow:auto}
+header{display:flex;flex-wrap:wrap;gap:8px 14px;align-items:center}
+.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(190px,max-content));
+gap:8px 34px;margin:18px 0 0}
+.facts dt{color:var(--soft);font-size:12px}.facts dd{margin:0;overflow-wrap:anywhere}
+nav{margin-top:16px;display:flex;flex-wrap:wrap;gap:4px 18px}
+.notes{margin:16px 0 0;padding:9px 14px 9px 30px;background:var(--card);
+border:1px solid var(--rule);border-radius:6px;color:var(--soft)}
+.graph{overflow-x:auto;padding:6px 0}
+.body{padding:4px 12px 12px calc(var(--depth,0)*18px + 24px)}
+.items>.body{padding-left:24px}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{text-align:left;padding:3px 16px 3px 0;border-bottom:1px solid var(--rule);
 vertical-align:middle}th{color:var(--soft);font-weight:500;font-size:12px;white-space:nowrap}
 td.n,th.n{text-align:right}.wide{overflow-x:auto}.wide table{width:100%}
-.spark{display:block;width:100%;min-width:140px;height:26px}.spark path{fill:var(--running)}
-.strip{display:block;width:100%;max-width:1200px;margin:4px 0 12px}
-.strip path{fill:var(--c)}.strip rect{fill:transparent}
 .strip a:hover rect{fill:#8884}
 .items>summary{cursor:pointer;padding:4px 0;color:var(--soft);border-bottom:1px solid var(--rule)}
 .items ol{list-style:none;margin:0;padding:0}
@@ -98,3 +104,4 @@ footer{margin-top:40px;color:var(--soft);font-size:12px}
 pre{max-height:none}.row,.log li{break-inside:avoid}
 .items li{content-visibility:visible}}
 """.strip()
+)

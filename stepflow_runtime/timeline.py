@@ -17,6 +17,7 @@ from .events import RunStatus
 from .executor import FlowError
 from .graph import Graph, StepState
 from .logs.entry import LogEntry
+from .reprs import repr_of
 
 __all__ = [
     "Omitted",
@@ -55,6 +56,8 @@ class StepAttempt(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     pause: float = 0.0
     reason: str | None = None
 
+    __repr__ = repr_of("number", "state", "started", "ended", "pause", "reason")
+
 
 class TimelineStep(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A step of one item of a run.
@@ -81,8 +84,13 @@ class TimelineStep(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     output: Any = None
     error: FlowError | None = None
 
+    __repr__ = repr_of(
+        "step_id", "state", "item_index", "component", "attempts", "output", "error"
+    )
+
     @property
     def started(self) -> datetime | None:
+        """When its first attempt began, or ``None``."""
         return self.attempts[0].started if self.attempts else None
 
     @property
@@ -120,8 +128,11 @@ class TimelineItem(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     output: Any = None
     error: FlowError | None = None
 
+    __repr__ = repr_of("index", "state", "output", "error")
+
     @property
     def duration(self) -> timedelta | None:
+        """From its beginning to its end, or ``None``."""
         return between(self.started, self.ended)
 
 
@@ -138,6 +149,8 @@ class TimelineLog(msgspec.Struct, frozen=True, kw_only=True):
     run_id: str
     item_index: int | None = None
     step_id: str | None = None
+
+    __repr__ = repr_of("entry", "item_index", "step_id")
 
 
 class Timeline(msgspec.Struct, frozen=True, kw_only=True):
@@ -175,6 +188,15 @@ class Timeline(msgspec.Struct, frozen=True, kw_only=True):
     parent_item_index: int | None = None
     logs: tuple[TimelineLog, ...] = ()
     notes: tuple[str, ...] = ()
+
+    __repr__ = repr_of(
+        "run_id", "status", "flow_name", "items", "steps", "sub_runs", "logs"
+    )
+
+    def _repr_html_(self) -> str:
+        from .notebook import timeline_html
+
+        return timeline_html(self)
 
     @property
     def duration(self) -> timedelta | None:

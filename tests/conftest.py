@@ -110,6 +110,10 @@ def anyio_backend(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
+# The methods of FakeServer that ask the file system or a socket.
+FAKE_SERVER = {"_order", "starts", "inputs", "__enter__", "__exit__"}
+
+
 class _AnyAsyncLibrary:
     """Stands in for asyncio in blockbuster, which by itself does not know trio."""
 
@@ -136,6 +140,9 @@ def blockbuster(monkeypatch: pytest.MonkeyPatch) -> Iterator[BlockBuster]:
         blocking.functions["os.stat"].can_block_in(
             "stepflow_runtime/flows.py", "stat_key"
         )
+        # Says so, and is meant for tests.
+        for function in blocking.functions.values():
+            function.can_block_in("stepflow_runtime/testing/fake.py", FAKE_SERVER)
         yield blocking
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 import typing
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import typer
 import yaml
 
 import stepflow_runtime
+from docs.website import hooks
 from stepflow_runtime import (
     ApiError,
     FlowResult,
@@ -58,9 +60,13 @@ def python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str
     )
 
 
+PAGES = sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))
+REFERENCE = [page for page in PAGES if page.startswith("docs/reference/")]
+
 SAMPLES = [
     pytest.param(sample, id=f"{page}-{number}")
-    for page in ("README.md", "docs/how-to.md")
+    for page in ("README.md", *PAGES)
+    if page != "docs/tutorial.md"  # which is followed, below
     for number, sample in enumerate(blocks(page, "python"), 1)
 ]
 
@@ -71,7 +77,9 @@ def test_a_sample_runs(sample: str, tmp_path: Path) -> None:
     file.write_text(sample)
     (tmp_path / "docs").symlink_to(ROOT / "docs")  # what it leaves, it leaves elsewhere
     if "import pytest" in sample:
-        arguments = ("-m", "pytest", "-q", "-p", "no:cacheprovider", str(file))
+        # Without a configuration pytest-asyncio, which is installed, too, would warn.
+        quiet = ("-o", "asyncio_default_fixture_loop_scope=function")
+        arguments = ("-m", "pytest", "-q", "-p", "no:cacheprovider", *quiet, str(file))
         done = python(*arguments, cwd=tmp_path)
     else:
         done = python(str(file), cwd=tmp_path)
@@ -82,7 +90,7 @@ def test_a_sample_runs(sample: str, tmp_path: Path) -> None:
 def test_the_clusters_configuration_is_read_up_to_what_the_bundled_server_lacks() -> (
     None
 ):
-    (text,) = [b for b in blocks("docs/how-to.md", "yaml") if "postgres" in b]
+    (text,) = [b for b in blocks("docs/how-to/cluster.md", "yaml") if "postgres" in b]
     config = yaml.safe_load(text)
     with pytest.raises(ServerStartError, match="PostgreSQL support was not compiled"):
         StepflowRuntime.start(config)
@@ -92,39 +100,62 @@ def test_the_clusters_configuration_is_read_up_to_what_the_bundled_server_lacks(
         StepflowRuntime.start(of_memory)
 
 
+TUTORIAL = re.compile(
+    r"[Ss]ave this as `(?P<name>[^`]+)`:\n\n```\w+\n(?P<content>.*?)^```$"
+    r"|In `(?P<edited>[^`]+)`, replace `(?P<old>[^`]+)` by `(?P<new>[^`]+)`"
+    r"|^```console\n(?P<command>[^\n]*)\n```.*?^```(?:json|text)\n(?P<shown>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+
+
 def test_the_tutorial_can_be_followed(tmp_path: Path) -> None:
+    """Files are saved and edited, commands print what is shown, and nothing is left out."""
     page = "docs/tutorial.md"
-    names = re.findall(r"[Ss]ave this as `([^`]+)`|and this as `([^`]+)`", _text(page))
-    files = blocks(page, "yaml") + blocks(page, "python")
-    assert len(names) == len(files) == 3
-    for (first, second), content in zip(names, files, strict=True):
-        (tmp_path / (first or second)).write_text(content)
+    done = []
+    for step in TUTORIAL.finditer(_text(page)):
+        if step["name"]:
+            (tmp_path / step["name"]).write_text(step["content"])
+        elif step["edited"]:
+            file = tmp_path / step["edited"]
+            assert file.read_text().count(step["old"]) == 1
+            file.write_text(file.read_text().replace(step["old"], step["new"]))
+        else:
+            assert _printed(step["command"], tmp_path) == _as_shown(step["shown"])
+        done.append(step.lastgroup)
+    files = [*blocks(page, "yaml"), *blocks(page, "python")]
+    commands = [each for each in blocks(page, "console") if "pip" not in each]
+    assert done.count("content") == len(files)
+    assert done.count("shown") == len(commands)
+    assert done.count("new") == 1
+    assert (tmp_path / "run.html").exists()
+
+
+def _printed(command: str, folder: Path) -> object:
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    outputs = []
-    commands = [b for b in blocks(page, "console") if "pip" not in b]
-    for command in commands:
-        done = subprocess.run(
-            ["sh", "-c", command.replace(".venv/bin/", "")],
-            check=False,
-            cwd=tmp_path,
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert done.returncode == 0, done.stderr
-        outputs.append(done.stdout)
-    printed, shown = (
-        msgspec.json.decode(text) for text in (outputs[0], blocks(page, "json")[0])
+    done = subprocess.run(
+        ["sh", "-c", command.replace(".venv/bin/", "")],
+        check=False,
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
-    assert {**printed, "runId": "..."} == shown
-    assert "'name': 'Grace'" in outputs[1]
-    assert outputs[2] == "3\n"
+    assert "Traceback" not in done.stderr
+    return _as_shown(done.stdout.replace(str(folder) + os.sep, "..."))
+
+
+def _as_shown(text: str) -> object:
+    if not text.startswith("{\n"):
+        return text
+    return {**msgspec.json.decode(text), "runId": "..."}
 
 
 def test_the_report_of_the_doctor_looks_as_shown() -> None:
-    (command,) = blocks("docs/how-to.md", "console")
-    (shown,) = [b for b in blocks("docs/how-to.md", "text") if "hello flow" in b]
+    (command,) = blocks("docs/how-to/command.md", "console")
+    (shown,) = [
+        b for b in blocks("docs/how-to/command.md", "text") if "hello flow" in b
+    ]
     done = python("-m", "stepflow_runtime.cli", *command.split()[1:])
     assert done.returncode == 0, done.stdout + done.stderr
     assert _names(done.stdout) == _names(shown)
@@ -144,12 +175,17 @@ def test_the_readme_opens_with_the_two_commands() -> None:
 
 
 def test_every_public_name_is_in_the_reference_and_has_a_docstring() -> None:
-    reference = _text("docs/reference.md")
+    places = [
+        name
+        for page in REFERENCE
+        for name in re.findall(
+            r"^::: stepflow_runtime\.(\w+)$", _text(page), re.MULTILINE
+        )
+    ]
+    assert sorted(places) == public_names()
     for name in public_names():
-        value = getattr(stepflow_runtime, name)
         if name != "FlowSource":
-            assert f"`{name}`" in reference or name in reference, name
-            assert inspect.getdoc(value), name
+            assert inspect.getdoc(getattr(stepflow_runtime, name)), name
 
 
 def test_public_classes_can_be_resolved_decoded_and_pickled() -> None:
@@ -179,18 +215,63 @@ def test_public_classes_can_be_resolved_decoded_and_pickled() -> None:
 
 def test_every_option_is_in_the_reference() -> None:
     options = inspect.signature(stepflow_runtime.StepflowRuntime.start).parameters
-    reference = _text("docs/reference.md")
+    reference = _text("docs/reference/runtime.md")
     assert [name for name in options if f"| `{name}` |" not in reference] == []
 
 
 def test_every_word_of_the_command_is_in_the_reference() -> None:
-    reference = _text("docs/reference.md")
+    reference = _text("docs/reference/command.md")
     for command in typer.main.get_command(app).commands.values():  # type: ignore[attr-defined]
         assert f"| `{command.name}" in reference
         for parameter in command.params:
             for word in parameter.opts:
                 if word.startswith("-") and word != "--help":
                     assert f"`{word}" in reference, (command.name, word)
+
+
+def test_every_page_is_in_the_sites_navigation_and_the_other_way_round() -> None:
+    nav = yaml.safe_load(_text("mkdocs.yml"))["nav"]
+    in_docs = [page.removeprefix("docs/") for page in PAGES]
+    assert sorted(_leaves(nav)) == sorted([*in_docs, *hooks.DOCUMENTS.values()])
+
+
+def _leaves(tree: object) -> Iterator[str]:
+    match tree:
+        case str():
+            yield tree
+        case dict():
+            for branch in tree.values():
+                yield from _leaves(branch)
+        case list():
+            for branch in tree:
+                yield from _leaves(branch)
+
+
+def test_every_link_leads_somewhere_in_a_view_of_the_repository() -> None:
+    """mkdocs looks at those of the site; here, at files and headings as forges have them."""
+    broken = [
+        (page, target)
+        for page in (*hooks.DOCUMENTS, *PAGES)
+        for target in re.findall(r"\]\(([^)\s]+)", _prose(page))
+        if not re.match(r"https?:", target) and not _leads_somewhere(page, target)
+    ]
+    assert broken == []
+
+
+def _leads_somewhere(page: str, target: str) -> bool:
+    path, _, anchor = target.partition("#")
+    file = (ROOT / page).parent / path if path else ROOT / page
+    return file.is_file() and (not anchor or anchor in _anchors(file))
+
+
+def _anchors(file: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", _prose(str(file)), re.MULTILINE)
+    words = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {each.replace(" ", "-") for each in words}
+
+
+def _prose(page: str) -> str:
+    return re.sub(r"^```.*?^```$", "", _text(page), flags=re.MULTILINE | re.DOTALL)
 
 
 def test_every_promise_of_security_is_shown_by_a_test() -> None:

@@ -1,6 +1,6 @@
 """The server's log in the hands of others: logging's own tools, structlog, pytest.
 
-What docs/how-to.md shows is run by test_docs.py; here is what it says besides.
+What docs/how-to/logging.md shows is run by test_docs.py; here is what it says besides.
 """
 
 from __future__ import annotations

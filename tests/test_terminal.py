@@ -23,7 +23,7 @@ def shows_three_of_four(screen: str) -> bool:
 
 
 def documented(words: str) -> str:
-    (shown,) = [b for b in blocks("docs/how-to.md", "text") if words in b]
+    (shown,) = [b for b in blocks("docs/how-to/command.md", "text") if words in b]
     return shown.rstrip("\n")
 
 

@@ -15,6 +15,8 @@ from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 import msgspec
 
+from ..reprs import repr_of
+
 __all__ = [
     "LEVELS",
     "LogEntry",
@@ -69,6 +71,8 @@ class LogEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     trace_id: str | None = None
     span_id: str | None = None
     extra: dict[str, Any] = {}
+
+    __repr__ = repr_of("level", "message", "target", "run_id", "step_id")
 
     def __hash__(self) -> int:
         return hash((self.timestamp, self.message, self.run_id))  # a dict has no hash

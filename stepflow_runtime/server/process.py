@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -72,7 +72,7 @@ class ServerExit:
     pid: int
     uptime: float = 0.0
     was_hung: bool = False
-    recent_logs: Sequence[LogEntry] = ()
+    recent_logs: Sequence[LogEntry] = field(default=(), repr=False)
 
     @property
     def signal(self) -> str | None:

@@ -15,6 +15,7 @@ import math
 import os
 import random
 import threading
+import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -28,6 +29,7 @@ import anyio.lowlevel
 import msgspec
 from anyio.abc import TaskGroup
 
+from .. import roster
 from ..crew import Crew
 from ..errors import (
     RunLostError,
@@ -141,6 +143,7 @@ class Supervisor:
         self._launch_trouble = ""
         self._telling: list[anyio.CancelScope] = []
         self._tell_until = math.inf
+        roster.tell(self)
 
     @property
     def ready(self) -> Ready | None:
@@ -150,6 +153,11 @@ class Supervisor:
     @property
     def state(self) -> RuntimeState:
         return self.journal.now.state
+
+    @property
+    def mark(self) -> str:
+        """What its processes carry in the variable ``MARK``; empty if there never was one."""
+        return self._guard.mark
 
     def begin(self) -> None:
         """Be STARTING, for whoever waits from now on.
@@ -577,6 +585,16 @@ class Supervisor:
                     incarnation.hurry_logs()
                     await anyio.sleep(0.001)
 
+    def block_until_logs_are_in(self) -> None:
+        """The same for a thread without an event loop. Blocks it."""
+        deadline = time.monotonic() + _CATCH_UP_TIMEOUT
+        incarnation = self._incarnation
+        while incarnation is not None and not incarnation.is_log_up_to_date():
+            if time.monotonic() > deadline:
+                return
+            incarnation.hurry_logs()
+            time.sleep(0.001)
+
     async def _incarnate(self, binary: Path) -> ServerExit:
         self._incarnations += 1
         self._launch_trouble = ""
@@ -738,24 +756,26 @@ class _Guard:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._mark: str | None = None
+        self.mark = ""
+        self._is_engaged = False
         self._is_dismissed = False
 
     def engage(self) -> None:
         with self._lock:
             if not self._is_dismissed:
-                self._mark = keeper.acquire()
+                self.mark = keeper.acquire()
+                self._is_engaged = True
 
     def dismiss(self) -> None:
         with self._lock:
-            mark, self._mark = self._mark, None
+            was_engaged, self._is_engaged = self._is_engaged, False
             self._is_dismissed = True
-        if mark is not None:
+        if was_engaged:
             keeper.release()
 
     def marked(self, command: Command) -> Command:
         """The command with the mark by which the guard knows its processes."""
-        return replace(command, env={**command.env, MARK: self._mark or ""})
+        return replace(command, env={**command.env, MARK: self.mark})
 
 
 async def _wait_for(told: Awaitable[object], scope: anyio.CancelScope | None) -> None:

@@ -1,0 +1,81 @@
+"""Faults that users' tests inflict, on the real server."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+import pytest
+
+from stepflow_runtime import (
+    RestartPolicy,
+    RuntimeState,
+    ServerCrashedError,
+    StepflowRuntime,
+)
+from stepflow_runtime.testing import crash, freeze, thaw, wait_restarted
+
+from .conftest import ECHO, each_backend
+
+pytestmark = pytest.mark.anyio
+
+
+@each_backend
+async def test_a_crash_is_over_when_it_returns_and_the_restart_can_be_waited_for() -> (
+    None
+):
+    async with StepflowRuntime.start(
+        restart_policy=RestartPolicy.ON_FAILURE
+    ) as runtime:
+        for count in (1, 2):
+            crash(runtime)
+            await wait_restarted(runtime, count)
+            assert (runtime.state, runtime.restarts) == (RuntimeState.READY, count)
+            assert (await runtime.run(ECHO, count)).output == count
+        assert runtime.last_exit is not None
+        assert runtime.last_exit.signal == "SIGKILL"
+
+
+@each_backend
+async def test_a_crash_can_be_by_another_signal() -> None:
+    async with StepflowRuntime.start() as runtime:
+        crash(runtime, signal.SIGABRT)
+        with pytest.raises(ServerCrashedError, match="SIGABRT") as caught:
+            await wait_restarted(runtime)
+        assert caught.value.exit is not None
+        assert caught.value.exit.signal == "SIGABRT"
+
+
+@each_backend
+async def test_a_frozen_server_is_taken_for_hung_and_replaced() -> None:
+    async with StepflowRuntime.start(
+        restart_policy=RestartPolicy.ON_FAILURE,
+        health_interval=0.05,
+        health_timeout=0.1,
+        max_health_failures=2,
+    ) as runtime:
+        freeze(runtime)
+        await wait_restarted(runtime)
+        assert runtime.last_exit is not None
+        assert runtime.last_exit.was_hung
+
+
+def test_a_thawed_server_goes_on_where_it_was() -> None:
+    with StepflowRuntime.start() as runtime:
+        run_id = asyncio.run(runtime.submit(ECHO, 1))
+        freeze(runtime)
+        thaw(runtime)
+        thaw(runtime)  # it is not frozen any more
+        assert asyncio.run(runtime.get_result(run_id)).output == 1
+        assert runtime.restarts == 0
+
+
+async def test_there_has_to_be_a_server() -> None:
+    runtime = StepflowRuntime.start()
+    with pytest.raises(RuntimeError, match="no server to crash: the runtime is new"):
+        crash(runtime)
+    async with runtime:
+        pass
+    with pytest.raises(RuntimeError, match="to freeze: the runtime is stopped"):
+        freeze(runtime)
+    thaw(runtime)
