@@ -176,7 +176,7 @@ def _check_kind(function: FunctionType) -> None:
 
     if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
         raise TypeError(f"{_shown(function)} is a generator: return a list")
-    for each in inspect.signature(function).parameters.values():
+    for each in _parameters(function).values():
         if each.kind is each.VAR_POSITIONAL or each.kind is each.VAR_KEYWORD:
             raise TypeError(
                 f"{_shown(function)} takes {each}, and a step's input has names that are "
@@ -187,6 +187,20 @@ def _check_kind(function: FunctionType) -> None:
                 f"{_shown(function)} takes {each.name!r} by position alone, and a step's "
                 "input has names: leave out the /"
             )
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, Any]:
+    """Those of its signature, without a look at what they are annotated with.
+
+    That may be further down in the module, and not be there yet for a decorator.
+    """
+    import inspect
+
+    if sys.version_info >= (3, 14):  # up to there they were evaluated by ``def`` itself
+        from annotationlib import Format
+
+        return inspect.signature(function, annotation_format=Format.STRING).parameters
+    return inspect.signature(function).parameters
 
 
 def _shown(function: Any) -> str:
@@ -230,10 +244,8 @@ def declared(function: Callable[..., Any]) -> Declared:
     :raises TypeError: naming the parameter, if nothing of JSON becomes that
     :raises ValueError: if an annotation names what is not there
     """
-    import inspect
-
     hints = _hints(function)
-    parameters = inspect.signature(function).parameters
+    parameters = _parameters(function)
     fields: list[Any] = []
     for name, each in parameters.items():
         kind = hints.get(name, Any)

@@ -391,6 +391,73 @@ def test_a_script_without_a_guard_starts_one_runtime_and_is_told(
     assert 'put what starts it below if __name__ == "__main__":' in done.stderr
 
 
+LATER = """
+import asyncio, dataclasses, json
+from typing import TYPE_CHECKING
+from stepflow_runtime import StepflowRuntime, component
+
+if TYPE_CHECKING:
+    from nowhere import Stranger
+
+@component
+def grow(tree: Tree, more: list[Tree] | None = None) -> Tree:
+    return Tree(tree.height + len(more or ()), tree)
+
+@component
+def meet(stranger: Stranger) -> None: ...
+
+@dataclasses.dataclass
+class Tree:
+    height: int
+    before: Tree | None = None
+
+FLOW = {
+    "name": "grow", "description": "Grows",
+    "steps": [{"id": "a", "component": "/python/grow", "input": {"$input": "$"}}],
+    "output": {"$step": "a"},
+}
+
+async def main():
+    try:
+        StepflowRuntime.start(components=[meet])
+    except ValueError as exc:
+        print(exc)
+    async with StepflowRuntime.start(components=[grow]) as runtime:
+        (info,) = [c for c in await runtime.list_components() if c.plugin == "python"]
+        print(info.input_schema["properties"]["tree"])
+        result = await runtime.run(FLOW, {"tree": {"height": 2}, "more": [{"height": 1}]})
+        print(json.dumps(result.unwrap(), sort_keys=True))
+
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        pytest.param("from __future__ import annotations", id="as text"),
+        pytest.param(
+            "",
+            id="deferred",
+            marks=pytest.mark.skipif(
+                sys.version_info < (3, 14),
+                reason="annotations wait since Python 3.14 (PEP 649)",
+            ),
+        ),
+    ],
+)
+def test_annotations_may_name_what_comes_later(first: str, tmp_path: Path) -> None:
+    """And what is there for type checkers only is told of, when it is needed."""
+    (tmp_path / "script.py").write_text(first + LATER)
+    done = python("script.py", cwd=tmp_path)
+    refused, schema, grown = done.stdout.splitlines() or [done.stderr] * 3
+    assert "an annotation of __main__.meet cannot be read" in refused
+    assert "Stranger" in refused
+    assert "Tree" in schema
+    assert grown == '{"before": {"before": null, "height": 2}, "height": 3}'
+
+
 @pytest.mark.parametrize("how", ["-c", "-"])
 def test_functions_that_are_in_no_file_are_refused(how: str, tmp_path: Path) -> None:
     arguments = ("-c", GUARDED) if how == "-c" else ("-",)
