@@ -88,7 +88,7 @@ class Subject(msgspec.Struct, frozen=True):
         return set(_needed(Requirement(self.requirement)))
 
     def lines(self) -> int:
-        """How many lines of Python its launcher and client are."""
+        """How many lines of Python they are."""
         return sum(
             len(path.read_text(encoding="utf-8").splitlines())
             for name in self.sources

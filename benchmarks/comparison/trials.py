@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 import urllib.request
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
@@ -30,7 +30,7 @@ __all__ = ["TRIALS", "Answer", "Tell", "Trial"]
 
 Answer = float | int | str
 Tell = Callable[[str, Answer], None]
-Perform = Callable[[Subject, Tell], Awaitable[None]]
+Perform = Callable[[Subject, Tell], Coroutine[Any, Any, None]]
 
 
 class Trial(msgspec.Struct, frozen=True):
@@ -650,10 +650,13 @@ async def numbers_in_workflows(subject: Subject, tell: Tell) -> None:
 # -- what it takes ---------------------------------------------------------------------
 
 
-@trial("installed", "footprint", "What is installed, and read")
+@trial("installed", "footprint", "What is installed")
 async def installed(subject: Subject, tell: Tell) -> None:
     tell("packages, itself included", len(subject.needed()))
-    tell("lines of Python, launcher and client", subject.lines())
+    tell(
+        "lines of Python (the launcher and the client; ours: all of it)",
+        subject.lines(),
+    )
 
 
 @trial(
