@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import signal
 from collections.abc import Awaitable, Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -52,7 +52,7 @@ def drawn() -> list[Transition]:
 
 def transitions(changes: list[StateChange]) -> set[Transition]:
     names = [change.state.name for change in changes]
-    return set(itertools.pairwise(names))
+    return set(pairwise(names))
 
 
 def live(
@@ -209,7 +209,7 @@ async def test_a_real_server_goes_the_ways_that_are_drawn() -> None:
         *["RESTARTING", "READY"] * 2,
         "FAILED",
     ]
-    assert set(itertools.pairwise(names)) <= set(drawn())
+    assert set(pairwise(names)) <= set(drawn())
 
 
 def test_the_page_tells_of_every_state_and_every_way() -> None:

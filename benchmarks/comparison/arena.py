@@ -30,6 +30,8 @@ Answers = dict[str, Answer]
 # How long what is to end by itself has for it, after its program.
 PATIENCE: Final = 3.0
 LEFT: Final = "left 3 s after the program's end"
+LONG_PATIENCE: Final = 45.0
+LATER: Final = "left 45 s after that"
 ENDED_HERE: Final = "not within {limit:g} s"
 
 _ENDED_WELL: Final = "exit code 0"
@@ -54,6 +56,8 @@ def once(trial: Trial, subject: str) -> Answers:
                 raise TrialError(f"{trial.name}, {subject}: {end}\n{words}")
         if trial.tells_left:
             answers[LEFT] = kinds(wait_gone(mark, PATIENCE))
+        if trial.tells_later:
+            answers[LATER] = kinds(wait_gone(mark, LONG_PATIENCE))
         return answers
     finally:
         kill(marked(mark))

@@ -19,7 +19,7 @@ __all__ = ["Compared", "Found", "fill", "shown", "speed", "tables"]
 HEAD: Final = ["", "official pair", "stepflow-runtime"]
 
 # Longer words are cut; whoever wants them all has the JSON.
-LONGEST: Final = 150
+LONGEST: Final = 120
 _PLAIN: Final = re.compile(r"[\w ,.+-]+")
 
 # Of the page of speed: what is told here of it, by case and by side.
@@ -60,7 +60,14 @@ class Compared(msgspec.Struct, frozen=True):
 
 def tables(found: Iterable[Found]) -> str:
     """A table in which each trial has a line of its own, and then its questions."""
-    return markdown(HEAD, (line for each in found for line in _lines(each)))
+    return _table(HEAD, [line for each in found for line in _lines(each)])
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Words are to be read from the left; nothing, if there is nothing in it."""
+    rule = ["---"] * len(head)
+    rows = [f"| {' | '.join(cells)} |" for cells in (head, rule, *lines)]
+    return "\n".join(rows) if lines else ""
 
 
 def _lines(found: Found) -> Iterator[list[str]]:

@@ -43,6 +43,7 @@ class Trial(msgspec.Struct, frozen=True):
     :ivar rounds: how often it is done
     :ivar tells_end: the question that the end of the program answers, if any does
     :ivar tells_left: whether it matters what the program leaves behind
+    :ivar tells_later: and whether that ends by itself in the next minute
     """
 
     name: str
@@ -53,6 +54,7 @@ class Trial(msgspec.Struct, frozen=True):
     rounds: int = 1
     tells_end: str | None = None
     tells_left: bool = False
+    tells_later: bool = False
     is_for_trio: bool = False
 
 
@@ -134,6 +136,12 @@ def words(exc: BaseException) -> str:
     return " ".join(f"{kind}{said}".split())
 
 
+def around(word: str, text: str) -> str:
+    """The place of a text where a word is."""
+    before, found, after = text.partition(word)
+    return f"... {before[-30:]}{word}{after[:40]} ..." if found else "nothing"
+
+
 @contextmanager
 def timing(tell: Tell, question: str) -> Iterator[None]:
     began = time.monotonic()
@@ -159,7 +167,7 @@ async def failing_start(
     except Exception as exc:  # noqa: BLE001 - whatever it is, is the answer
         tell("the error", words(exc))
         if reason is not None:
-            tell(f"it names `{reason}`", _yes(reason in words(exc)))
+            tell(f"what it says of `{reason}`", around(reason, words(exc)))
 
 
 # -- starting --------------------------------------------------------------------------
@@ -299,10 +307,16 @@ async def runs(subject: Subject, tell: Tell) -> None:
     await many_runs(subject, Wanted(), tell)
 
 
+@trial("runs, level error", "running", "The same at level `error`", limit=90)
+async def runs_quiet(subject: Subject, tell: Tell) -> None:
+    await many_runs(subject, Wanted(level="error"), tell)
+
+
 @trial(
     "runs, log printed",
     "running",
-    "The same with the log on the terminal (`pipe_output=True`; ours `capture=False`)",
+    "The same at level `info`, with the log on the terminal (`pipe_output=True`; ours "
+    "`LogConfig(capture=False)`)",
     limit=90,
 )
 async def runs_printed(subject: Subject, tell: Tell) -> None:
@@ -339,7 +353,7 @@ async def failed_step(subject: Subject, tell: Tell) -> None:
             await server.run(SHOUT, {"text": ""})
         except Exception as exc:  # noqa: BLE001 - whatever it is, is the answer
             tell("the run's error", words(exc))
-            tell("with the line of the worker's code", _yes("worker.py" in f"{exc}"))
+            tell("what it says of `worker.py`", around("worker.py", words(exc)))
 
 
 def _yes(value: bool) -> str:
@@ -465,8 +479,8 @@ class _Ticker:
 @trial(
     "event loop",
     "running",
-    "A task beside that sleeps 1 ms again and again: how much later than that it was woken, "
-    "at most (all is imported, and one server was started and stopped before)",
+    "A task beside that sleeps 1 ms again and again: how much later it was woken, at most "
+    "(in the second life of a server in a program, so that all is imported)",
     rounds=5,
 )
 async def event_loop(subject: Subject, tell: Tell) -> None:
@@ -505,6 +519,7 @@ async def stop(subject: Subject, tell: Tell) -> None:
     rounds=3,
     limit=60,
     tells_left=True,
+    tells_later=True,
 )
 async def stop_worker(subject: Subject, tell: Tell) -> None:
     await stopping(subject, Wanted(WORKER), tell)
@@ -571,6 +586,7 @@ async def sigkill(subject: Subject, tell: Tell) -> None:
     "SIGKILL for the program, with a Python worker connected",
     tells_end=ENDS,
     tells_left=True,
+    tells_later=True,
 )
 async def sigkill_worker(subject: Subject, tell: Tell) -> None:
     await signalled(subject, Wanted(WORKER), signal.SIGKILL)
