@@ -71,8 +71,8 @@ def test_of_a_long_text_the_place_is_told_that_matters() -> None:
 
 def found(section: str) -> Found:
     answers: dict[str, arena.Answers] = {
-        OFFICIAL: {"seconds": 10.0, "left": "worker"},
-        OURS: {"seconds": 0.5, "reason": "yes"},
+        OFFICIAL: {"time to stop": 10.0, "left": "worker"},
+        OURS: {"time to stop": 0.5, "reason": "yes"},
     }
     return Found("stop", section, "It is stopped", 3, answers)
 
@@ -81,7 +81,7 @@ def test_a_table_has_the_questions_of_both() -> None:
     lines = tables([found("ending")]).splitlines()
     assert lines[2:] == [
         "| **It is stopped** (median of 3) |  |  |",
-        "| seconds | 10.0 | 0.50 |",
+        "| time to stop | 10.0 s | 500 ms |",
         "| left | worker |  |",
         "| reason |  | yes |",
     ]
@@ -100,7 +100,7 @@ def test_the_page_has_a_table_for_each_trial_and_is_made_as_a_whole() -> None:
     assert fill(page, one, speed) == page
     all_of_it = Compared("command", "today", machine, [found(x) for x in sections])
     filled = fill(page, all_of_it, speed)
-    assert filled.count("| seconds | 10.0 | 0.50 |") == len(sections)
+    assert filled.count("| time to stop | 10.0 s | 500 ms |") == len(sections)
     assert "command (today, )" in filled
 
 

@@ -14,7 +14,7 @@ from ..report import Results, filled, machine_lines, markdown, number
 from .subjects import OFFICIAL, OURS
 from .trials import Answer
 
-__all__ = ["Compared", "Found", "fill", "shown", "speed", "tables"]
+__all__ = ["Compared", "Found", "fill", "shown", "speed", "tables", "time"]
 
 HEAD: Final = ["", "official pair", "stepflow-runtime"]
 
@@ -79,7 +79,15 @@ def _lines(found: Found) -> Iterator[list[str]]:
 
 
 def _shown(answers: Mapping[str, Answer], question: str) -> str:
-    return shown(answers[question]) if question in answers else ""
+    answer = answers.get(question, "")
+    if question.startswith("time ") and isinstance(answer, int | float):
+        return time(answer)
+    return shown(answer) if answer != "" else ""
+
+
+def time(seconds: float) -> str:
+    """A time, as people read it."""
+    return f"{number(seconds)} s" if seconds >= 1 else f"{number(seconds * 1000)} ms"
 
 
 def shown(answer: Answer) -> str:

@@ -1,7 +1,7 @@
 """What is tried: the same lines for both, each in a program of its own.
 
-A trial gets one of the two subjects, and tells answers to questions; a number of seconds,
-a count, or what was said. ``arena`` adds what becomes of the program, and what it leaves.
+A trial gets one of the two subjects, and tells answers to questions; a count, what was said,
+or, where the question begins with "time", seconds. ``arena`` adds what becomes of the program, and what it leaves.
 """
 
 from __future__ import annotations
@@ -113,12 +113,12 @@ WRONG: Final[dict[str, Any]] = {
 
 def with_worker(*command: str) -> dict[str, Any]:
     """A configuration whose worker is that command."""
-    worker: dict[str, Any] = {
+    worker = {
         "type": "grpc",
         "command": command[0],
         "args": list(command[1:]),
+        "queueName": "mine",
     }
-    worker["queueName"] = "mine"
     return {
         "plugins": {"builtin": {"type": "builtin"}, "mine": worker},
         "routes": {"/mine": [{"plugin": "mine"}], "/": [{"plugin": "builtin"}]},
@@ -161,7 +161,7 @@ async def failing_start(
 ) -> None:
     """A start that fails: after how long, and whether the reason is told."""
     try:
-        with timing(tell, "seconds until the error"):
+        with timing(tell, "time until the error"):
             async with subject.start(wanted):
                 tell("the error", "none: it started")
     except Exception as exc:  # noqa: BLE001 - whatever it is, is the answer
@@ -229,7 +229,7 @@ async def cancelled_start(subject: Subject, tell: Tell) -> None:
     task = asyncio.create_task(start())
     await asyncio.sleep(0.3)
     task.cancel()
-    with timing(tell, "seconds until the task has ended"):
+    with timing(tell, "time until the task has ended"):
         await asyncio.wait([task])
     await asyncio.to_thread(tell_left, tell, "left after 3 s, the program going on")
 
@@ -388,7 +388,7 @@ async def lost_server(
         task = asyncio.create_task(server.run(SLEEP, value))
         await asyncio.sleep(0.5)
         os.kill(server.pid, number)
-        with timing(tell, "seconds until the caller hears"):
+        with timing(tell, "time until the caller hears"):
             await asyncio.wait([task], timeout=limit)
         tell("what it hears", _outcome(task))
         task.cancel()
@@ -440,7 +440,7 @@ async def restart(subject: Subject, tell: Tell) -> None:
         began = time.monotonic()
         found = await _wait_success(server, began + 10)
         took = time.monotonic() - began
-        tell("seconds until a run succeeds", took if found else "none did")
+        tell("time until a run succeeds", took if found else "none did")
 
 
 async def _wait_success(server: Server, until: float) -> bool:
@@ -503,7 +503,7 @@ async def stopping(subject: Subject, wanted: Wanted, tell: Tell) -> None:
     async with subject.start(wanted) as server:
         await server.run(peers.FLOW, {"n": 1})
         began = time.monotonic()
-    tell("seconds to stop", time.monotonic() - began)
+    tell("time to stop", time.monotonic() - began)
     await asyncio.to_thread(tell_left, tell, "left after 3 s, the program going on")
 
 
