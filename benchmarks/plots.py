@@ -8,7 +8,6 @@ pages: nothing behind, and nothing very dark or very light.
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, Final
 
 from .cases.stores import ALL_KEPT, IN_MEMORY, IN_SQL, KEPT, SQLITE, UNSYNCED
 from .measure import Row, spread
-from .report import Results, decode, machine_lines, markdown, number
+from .report import Results, decode, filled, machine_lines, markdown, number
 
 __all__ = ["main"]
 
@@ -32,10 +31,6 @@ COLOURS: Final = {
     "official": "#d9822b",
     "limit": GREY,
 }
-MEASURED: Final = re.compile(
-    r"(<!-- measured: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL
-)
-
 Series = tuple[list[float], list[float]]
 Value = Callable[[Row], float]
 
@@ -334,21 +329,8 @@ TABLES: Final = {
 
 
 def fill(page: str, results: Results) -> str:
-    """A page with what stands between its marks made anew.
-
-    All of it, or none: a page is of one run, so one that was only measured in part is left.
-    """
-    made = {
-        found["name"]: TABLES[found["name"]](results)
-        for found in MEASURED.finditer(page)
-    }
-    if not all(made.values()):
-        return page
-
-    def table(found: re.Match[str]) -> str:
-        return f"{found[1]}\n{made[found['name']]}\n\n{found[3]}"
-
-    return MEASURED.sub(table, page)
+    """A page with what stands between its marks made of the results, if all is there."""
+    return filled(page, lambda name: TABLES[name](results))
 
 
 def main() -> None:

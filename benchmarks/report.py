@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import msgspec
@@ -15,12 +16,17 @@ __all__ = [
     "comparison",
     "decode",
     "encode",
+    "filled",
     "machine_lines",
     "markdown",
     "number",
     "summary",
     "table",
 ]
+
+MEASURED: Final = re.compile(
+    r"(<!-- measured: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL
+)
 
 # A change that is not told: single rounds differ by more.
 _NOISE: Final = 0.05
@@ -196,3 +202,16 @@ def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
         return ""
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines))
+
+
+def filled(page: str, make: Callable[[str], str]) -> str:
+    """A page with what stands between its marks made anew, by the mark's name.
+
+    All of it, or none: a page is of one run, so one that was only measured in part is left.
+    """
+    made = {found["name"]: make(found["name"]) for found in MEASURED.finditer(page)}
+    if not all(made.values()):
+        return page
+    return MEASURED.sub(
+        lambda found: f"{found[1]}\n{made[found['name']]}\n\n{found[3]}", page
+    )

@@ -1,7 +1,8 @@
 """Where a runtime is in its life, and who waits for it to go on.
 
 Contract: there is one state, and every change of it is seen, in order, by everybody who
-follows, in whichever event loop. Any thread may look, and make a change.
+follows, in whichever event loop. Any thread may look, and make a change; but none that
+:data:`MAY_FOLLOW` does not have, whoever comes too late.
 """
 
 from __future__ import annotations
@@ -9,15 +10,15 @@ from __future__ import annotations
 import enum
 import math
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Final
 
 from ..loops import Announcer
 from .process import ServerExit
 
-__all__ = ["Follower", "Journal", "RuntimeState", "StateChange"]
+__all__ = ["MAY_FOLLOW", "Follower", "Journal", "RuntimeState", "StateChange"]
 
 
 class RuntimeState(enum.Enum):
@@ -38,6 +39,29 @@ class RuntimeState(enum.Enum):
     def is_final(self) -> bool:
         """True if no other state will follow."""
         return self in (RuntimeState.STOPPED, RuntimeState.FAILED)
+
+
+# docs/images/lifecycle.svg draws these. RESTARTING follows itself where a launch fails.
+MAY_FOLLOW: Final[Mapping[RuntimeState, frozenset[RuntimeState]]] = {
+    RuntimeState.NEW: frozenset({RuntimeState.STARTING, RuntimeState.STOPPED}),
+    RuntimeState.STARTING: frozenset(
+        {RuntimeState.READY, RuntimeState.STOPPING, RuntimeState.FAILED}
+    ),
+    RuntimeState.READY: frozenset(
+        {RuntimeState.RESTARTING, RuntimeState.STOPPING, RuntimeState.FAILED}
+    ),
+    RuntimeState.RESTARTING: frozenset(
+        {
+            RuntimeState.READY,
+            RuntimeState.RESTARTING,
+            RuntimeState.STOPPING,
+            RuntimeState.FAILED,
+        }
+    ),
+    RuntimeState.STOPPING: frozenset({RuntimeState.STOPPED}),
+    RuntimeState.STOPPED: frozenset(),
+    RuntimeState.FAILED: frozenset(),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +115,13 @@ class Journal:
         only_from: RuntimeState | None = None,
         **details: Any,
     ) -> bool:
-        """Go over to ``state``, and tell everybody; False if it is not ``only_from``."""
+        """Go over to ``state``, and tell everybody.
+
+        Return False if it may not follow, or it is not ``only_from``; nothing is changed.
+        """
         with self._lock:
-            if only_from not in (None, self.now.state):
+            before = self.now.state
+            if only_from not in (None, before) or state not in MAY_FOLLOW[before]:
                 return False
             change = replace(self.now, state=state, at=datetime.now(UTC), **details)
             link = _Link(change)

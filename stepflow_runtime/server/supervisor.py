@@ -164,7 +164,7 @@ class Supervisor:
 
         :raises RuntimeStoppedError: if this supervisor was used before, or asked to stop
         """
-        if not self.journal.enter(RuntimeState.STARTING, only_from=RuntimeState.NEW):
+        if not self.journal.enter(RuntimeState.STARTING):
             raise RuntimeStoppedError(
                 f"this runtime was used before (it is {self.state.value}); "
                 "StepflowRuntime.start() makes a new one"
@@ -272,7 +272,6 @@ class Supervisor:
             self._incarnation.kill_session()
         if self._loop is not None and has_ended(self._loop):
             # It was closed around the runtime: nobody is left to say so.
-            self._ready = None
             self.store.give_back()
             self._finish()
 
@@ -283,9 +282,7 @@ class Supervisor:
     def stop_serving(self) -> None:
         """Let no call begin any more: the first thing to do when the block ends."""
         self._limit_telling()
-        if not (self.state.is_final or self.state is RuntimeState.STOPPING):
-            self._ready = None
-            self.journal.enter(RuntimeState.STOPPING)
+        self._withdraw_for_good()
         self._on_stopping()
         self.traffic.open()
 
@@ -696,12 +693,20 @@ class Supervisor:
 
     def _finish(self) -> None:
         self.logs.end()
-        if not self.state.is_final:
-            self.journal.enter(RuntimeState.STOPPED, pid=None)
+        self._withdraw_for_good()
+        self.journal.enter(RuntimeState.STOPPED, pid=None)
+
+    def _withdraw_for_good(self) -> None:
+        self._ready = None
+        self.journal.enter(RuntimeState.STOPPING)
+
+    def _is_left(self) -> bool:
+        stopping = (RuntimeState.STOPPING, RuntimeState.STOPPED)
+        return self._stop_within is not None or self.state in stopping
 
     def _serve(self, pid: int, port: int) -> None:
         self._port.keep()
-        if self._stop_within is None:
+        if not self._is_left():
             self._ready = Ready(port, self._incarnations)
             self.journal.enter(RuntimeState.READY, pid=pid, port=port)
 
@@ -726,6 +731,8 @@ class Supervisor:
         self._fail(partial(ServerCrashedError, message, exit=exit), last_exit=exit)
 
     def _fail(self, failure: Callable[[], ServerError], **details: Any) -> None:
+        if self.state is RuntimeState.STOPPING:
+            return  # it is over, and what it dies of does not matter any more
         self._ready = None
         self._failure = failure
         self.logs.end()
@@ -741,8 +748,7 @@ class Supervisor:
         """Why there will be no READY any more; None if there may be."""
         if self._failure is not None:
             return self._failure()
-        stopping = (RuntimeState.STOPPING, RuntimeState.STOPPED)
-        if self._stop_within is not None or self.state in stopping:
+        if self._is_left():
             return RuntimeStoppedError("this runtime is stopped")
         return None
 
