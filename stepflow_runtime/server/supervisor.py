@@ -54,7 +54,7 @@ from .life import Life
 from .options import Command, ServerOptions
 from .port import LOOPBACK, HeldPort
 from .process import LONGEST_KILL, ServerExit
-from .state import Journal, RuntimeState
+from .state import MAY_FOLLOW, Journal, RuntimeState
 from .storage import Keeping
 from .store import Store
 
@@ -731,8 +731,8 @@ class Supervisor:
         self._fail(partial(ServerCrashedError, message, exit=exit), last_exit=exit)
 
     def _fail(self, failure: Callable[[], ServerError], **details: Any) -> None:
-        if self.state is RuntimeState.STOPPING:
-            return  # it is over, and what it dies of does not matter any more
+        if RuntimeState.FAILED not in MAY_FOLLOW[self.state]:
+            return  # it is being left, and what it dies of does not matter any more
         self._ready = None
         self._failure = failure
         self.logs.end()
