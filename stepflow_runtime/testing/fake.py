@@ -50,8 +50,8 @@ class Life:
     :ivar output: what every run has for its output, any JSON value; :data:`ECHO`: its input
     :ivar error: the message with which every run fails; None: none does
     :ivar run_seconds: how long a run takes
-    :ivar crash_on_run: the how-manieth run of this life (from 1) makes it crash, before it
-        answers; None: none does
+    :ivar crash_on_run: which run of this life, counted from 1, makes it crash before it is
+        answered; None: none does
     :ivar crash_after: after how many seconds of being there it crashes; None: never
     :ivar exit_code: how it crashes: an exit code, or the negative number of a signal
     :ivar is_healthy: False: it answers no health request, ever, as a server does that hangs
