@@ -66,7 +66,9 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         "too much: aliases stand for more than 1048576 characters",
     ),
     "endless.yaml": (b"a: &a [*a]", "1:8: this alias stands for what it is in"),
-    "deep flow.yaml": (b"[" * 10_000, "1:126: nested too deeply"),
+    "deep flow.yaml": (b"[" * 900, "1:126: nested too deeply"),
+    # Here libyaml may be before us: since 0.2.6 it has a limit of its own, of 1000.
+    "deeper flow.yaml": (b"[" * 10_000, "nest"),
     "deep block.yaml": (b"- " * 1_000_000, "1:251: nested too deeply"),
     "deep keys.yaml": (b"? " * 1_000_000, "a key must be a string"),
     "deep maps.yaml": (b"{a: " * 1_000_000, "nested too deeply"),
@@ -251,7 +253,7 @@ for text in (b"[" * 1_000_000, b'{"a": ' + b"1" * 5_000_000 + b"}", b"1" * 5_000
         text=True,
         timeout=60,
     ).stdout
-    assert said.count("nested too deeply") == 2
+    assert len(re.findall("nested too deeply|exceeded maximum nesting", said)) == 2
     assert said.count("an integer of more than 640 digits") == 4
 
 
