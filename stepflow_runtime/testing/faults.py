@@ -29,18 +29,18 @@ __all__ = [
 _KILL: Final = signal.SIGTERM if sys.platform == "win32" else signal.SIGKILL
 
 
-def crash(runtime: StepflowRuntime, signum: int = _KILL) -> None:
+def crash(runtime: StepflowRuntime, signum: int | None = None) -> None:
     """Kill the server of a runtime, by SIGKILL or another signal.
 
     The runtime hears of it a moment later: calls find out by themselves what became of the
     server, and :func:`wait_restarted` waits until there is another one. May be called from
     any thread, in an event loop or not.
 
-    :param signum: one that ends the process: SIGKILL, SIGABRT, SIGTERM. (A SIGSEGV or SIGBUS
+    :param signum: one that ends the process: SIGKILL (None), SIGABRT, SIGTERM. (A SIGSEGV or SIGBUS
         that is sent, the server's own handler takes, and lives on.)
     :raises RuntimeError: if there is no server just now
     """
-    os.kill(_pid_of(runtime, "crash"), signum)
+    os.kill(_pid_of(runtime, "crash"), _KILL if signum is None else signum)
 
 
 def freeze(runtime: StepflowRuntime) -> None:
