@@ -2,6 +2,8 @@
 
 Names are imported from their modules when they are first asked for: a program that only talks
 to a server elsewhere does not load what it takes to run one.
+
+PYTEST_DONT_REWRITE, since this may be imported before pytest is, which would warn of that.
 """
 
 from __future__ import annotations

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,7 +30,7 @@ from stepflow_runtime import (
     StepflowRuntime,
 )
 from stepflow_runtime.testing import ECHO as AS_IT_CAME
-from stepflow_runtime.testing import FakeServer, Life, wait_restarted
+from stepflow_runtime.testing import FakeServer, Life, crash, wait_restarted
 
 from .conftest import ECHO, each_backend
 
@@ -49,16 +53,28 @@ async def test_a_crash_under_a_run_is_what_a_program_sees_of_a_real_one() -> Non
         assert (fake.starts, fake.inputs) == (2, [1, 2, 3])
 
 
-@each_backend
-@pytest.mark.anyio
-async def test_it_crashes_when_it_is_told_to_and_by_itself() -> None:
-    with FakeServer(Life(), Life(crash_after=0.0, exit_code=7)) as fake:
-        async with StepflowRuntime.start(
-            binary=fake.binary, restart_policy=ON_FAILURE, max_restarts=1
+@pytest.mark.parametrize("code", [0, 3, 255, -9, -15, -11, -6, -2])
+def test_it_crashes_when_it_is_told_to_and_by_itself(code: int) -> None:
+    lives = (
+        Life(),
+        Life(crash_on_run=1, exit_code=code),
+        Life(crash_after=0.0, exit_code=code),
+    )
+    codes: list[int] = []
+    with FakeServer(*lives) as fake:
+        with StepflowRuntime.start(
+            binary=fake.binary,
+            restart_policy=RestartPolicy.ALWAYS,
+            max_restarts=2,
+            on_crash=codes.append,
         ) as runtime:
-            fake.crash(3)
-            with pytest.raises(ServerCrashedError, match="exited with code 7"):
-                await wait_restarted(runtime, 2)
+            fake.crash(code)
+            asyncio.run(wait_restarted(runtime, 1))
+            with pytest.raises(RunLostError):
+                asyncio.run(runtime.run(ECHO, 1))
+            with pytest.raises(ServerCrashedError):
+                asyncio.run(wait_restarted(runtime, 3))
+        assert codes == [code] * 3
         with pytest.raises(RuntimeError, match="it has ended"):
             fake.crash()
 
@@ -75,13 +91,28 @@ async def test_a_frozen_one_is_taken_for_hung() -> None:
             max_health_failures=2,
         ) as runtime:
             fake.freeze()
-            fake.thaw()
-            assert (await runtime.health()).status == "healthy"
-            fake.freeze()
+            for order in (fake.freeze, fake.crash, partial(fake.flood, 1)):
+                with pytest.raises(RuntimeError, match="frozen: thaw"):
+                    order()
             await wait_restarted(runtime)
             assert runtime.last_exit is not None
             assert runtime.last_exit.was_hung
             fake.thaw()  # of what is gone
+            fake.flood(1)
+
+
+@each_backend
+@pytest.mark.anyio
+async def test_a_thawed_one_goes_on() -> None:
+    with FakeServer() as fake:
+        async with StepflowRuntime.start(binary=fake.binary) as runtime:
+            fake.freeze()
+            with anyio.move_on_after(0.2) as patience:
+                await runtime.health()
+            assert patience.cancelled_caught
+            fake.thaw()
+            assert (await runtime.health()).is_healthy
+            assert fake.starts == 1
 
 
 def test_a_flood_arrives_whole() -> None:
@@ -98,6 +129,14 @@ def test_a_flood_arrives_whole() -> None:
         streams = Counter(entry.stream for entry in entries)
         # And one that says that it is there.
         assert streams == {"stdout": 3000 + 1 + 5000, "stderr": 2000}
+        there = next(
+            place for place, entry in enumerate(entries) if "listening" in entry.message
+        )
+        assert there == 3000
+        assert Counter(len(entry.message) for entry in entries[3001:]) == {
+            500: 5000,
+            100: 2000,
+        }
 
 
 def test_a_start_that_is_slow_or_fails_says_so() -> None:
@@ -113,17 +152,41 @@ def test_a_start_that_is_slow_or_fails_says_so() -> None:
         assert caught.value.exit.code == 1
 
 
-def test_one_that_ignores_sigterm_is_killed() -> None:
-    with FakeServer(Life(ignores_sigterm=True)) as fake:
-        runtime = StepflowRuntime.start(binary=fake.binary)
-        runtime.stop(timeout=0.2)
+@pytest.mark.parametrize("ignores", [False, True])
+def test_sigterm_ends_it_unless_it_is_to_be_ignored(ignores: bool) -> None:
+    with FakeServer(Life(ignores_sigterm=ignores)) as fake:
+        with StepflowRuntime.start(binary=fake.binary) as runtime:
+            crash(runtime, signal.SIGTERM)
+            if ignores:
+                assert asyncio.run(runtime.health()).is_healthy
+                runtime.stop(timeout=0.2)
+            else:
+                with pytest.raises(ServerCrashedError, match="exited with code 0"):
+                    asyncio.run(wait_restarted(runtime))
         with pytest.raises(RuntimeError, match="there is no fake server"):
             fake.freeze()
 
 
-def test_runs_fail_and_take_their_time_if_a_life_says_so() -> None:
+@each_backend
+@pytest.mark.anyio
+async def test_runs_take_their_time_and_a_cancelled_one_is_over_at_once() -> None:
+    with FakeServer(Life(run_seconds=1000)) as fake:
+        async with StepflowRuntime.start(binary=fake.binary) as runtime:
+            run_id = await runtime.submit(ECHO, 1)
+            assert (await runtime.get_run(run_id)).status is RunStatus.RUNNING
+
+            async def cancel() -> None:
+                assert (await runtime.cancel(run_id)).status is RunStatus.CANCELLED
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(cancel)
+                with anyio.fail_after(60):
+                    assert (await runtime.get_result(run_id)).is_failed
+
+
+def test_runs_fail_if_a_life_says_so() -> None:
     with (
-        FakeServer(Life(error="out of stock", run_seconds=0.1)) as fake,
+        FakeServer(Life(error="out of stock")) as fake,
         StepflowRuntime.start(binary=fake.binary) as runtime,
     ):
         result = asyncio.run(runtime.run(ECHO, 1))
@@ -133,6 +196,22 @@ def test_runs_fail_and_take_their_time_if_a_life_says_so() -> None:
             "COMPONENT_FAILED",
             "out of stock",
         )
+
+
+def test_a_store_is_refused(tmp_path: Path) -> None:
+    with FakeServer() as fake, pytest.raises(ServerStartError, match="in memory"):
+        StepflowRuntime.start(binary=fake.binary, storage=tmp_path / "runs.db")
+
+
+def test_where_temporary_files_are_may_have_a_long_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("x" * 100)))
+    with (
+        FakeServer() as fake,
+        StepflowRuntime.start(binary=fake.binary),
+    ):
+        fake.flood(1)
 
 
 @pytest.fixture
@@ -208,8 +287,10 @@ def test_what_it_does_not_do_it_says(fake_runtime: StepflowRuntime) -> None:
     [
         ({"start_after": -1}, "start_after must be from 0 on"),
         ({"run_seconds": float("nan")}, "run_seconds must be from 0 on"),
-        ({"crash_on_run": 0}, "crash_on_run counts from 1"),
+        ({"log_lines": 1.5}, "log_lines must be a whole number from 0 on"),
+        ({"crash_on_run": 0}, "crash_on_run must be a whole number from 1 on"),
         ({"exit_code": 256}, "exit_code must be an exit code"),
+        ({"exit_code": -signal.SIGSTOP}, "exit_code must be .* signal that ends"),
         ({"output": {1, 2}}, "output cannot be sent as JSON"),
         ({"output": float("inf")}, "output cannot be sent as JSON"),
     ],
@@ -230,5 +311,9 @@ def test_it_has_to_be_entered_and_leaves_no_files() -> None:
         assert folder.exists()
         with pytest.raises(RuntimeError, match="none is started yet"):
             fake.flood(1)
+        with pytest.raises(ValueError, match="stream must be"):
+            fake.flood(1, stream="std")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="lines must be a whole number"):
+            fake.flood(-1)
     assert not folder.exists()
     assert repr(AS_IT_CAME) == "ECHO"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import signal
 
+import anyio
+import psutil
 import pytest
 
 from stepflow_runtime import (
@@ -21,17 +22,19 @@ pytestmark = pytest.mark.anyio
 
 
 @each_backend
-async def test_a_crash_is_over_when_it_returns_and_the_restart_can_be_waited_for() -> (
-    None
-):
+async def test_each_crash_can_be_waited_for_until_there_is_another_server() -> None:
     async with StepflowRuntime.start(
         restart_policy=RestartPolicy.ON_FAILURE
     ) as runtime:
+        pids = [runtime.pid]
         for count in (1, 2):
             crash(runtime)
-            await wait_restarted(runtime, count)
+            await wait_restarted(runtime)
+            pids.append(runtime.pid)
             assert (runtime.state, runtime.restarts) == (RuntimeState.READY, count)
             assert (await runtime.run(ECHO, count)).output == count
+        await wait_restarted(runtime, restarts=2)
+        assert len({*pids}) == 3
         assert runtime.last_exit is not None
         assert runtime.last_exit.signal == "SIGKILL"
 
@@ -60,13 +63,18 @@ async def test_a_frozen_server_is_taken_for_hung_and_replaced() -> None:
         assert runtime.last_exit.was_hung
 
 
-def test_a_thawed_server_goes_on_where_it_was() -> None:
-    with StepflowRuntime.start() as runtime:
-        run_id = asyncio.run(runtime.submit(ECHO, 1))
+@each_backend
+async def test_a_frozen_server_does_nothing_and_a_thawed_one_goes_on() -> None:
+    async with StepflowRuntime.start() as runtime:
+        run_id = await runtime.submit(ECHO, 1)
         freeze(runtime)
+        with anyio.move_on_after(0.2) as patience:
+            await runtime.get_result(run_id)
+        assert patience.cancelled_caught
+        assert psutil.Process(runtime.pid).status() == psutil.STATUS_STOPPED
         thaw(runtime)
         thaw(runtime)  # it is not frozen any more
-        assert asyncio.run(runtime.get_result(run_id)).output == 1
+        assert (await runtime.get_result(run_id)).output == 1
         assert runtime.restarts == 0
 
 

@@ -109,14 +109,13 @@ def test_the_scopes():
 def test_each_process_of_xdist_has_its_own(session: Session, tmp_path: Path) -> None:
     done = session(
         """
-@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("number", range(3))
 def test_it(stepflow_runtime_session, worker_id, number):
     runtime = stepflow_runtime_session
     Path(f"{worker_id}-{runtime.pid}-{runtime.port}").touch()
-    time.sleep(0.05)  # so that each gets some
     assert asyncio.run(runtime.run(FLOW, number)).output == number
 """,
-        *("-n", "2"),
+        *("-n", "2", "--dist", "each"),
     )
     assert summary(done) == "6 passed in"
     servers = [path.name.split("-") for path in tmp_path.glob("gw*")]
@@ -206,6 +205,8 @@ def test_a_failed_test_shows_what_servers_logged_in_its_time(
 
 def test_how_much_is_shown_can_be_chosen(session: Session) -> None:
     arguments = ("-k", "own", "-o", "stepflow_log_lines=2", "-n", "1")
+    done = session(LOGGING, *arguments, "--show-capture=no")
+    assert "stepflow server log" not in done.stdout
     shown = sections(session(LOGGING, *arguments).stdout)
     lines = shown["test_with_a_runtime_of_its_own"].splitlines()
     assert re.match(r"\.\.\. \d+ earlier entries are not shown", lines[1])
@@ -231,6 +232,11 @@ def test_of_one(stepflow_runtime):
     assert stepflow_runtime.get_recent_logs() != []
     assert stepflow_runtime._options.max_restarts == 2
 
+@pytest.mark.stepflow(max_restarts=3)
+class TestOfAClass:
+    def test_it(self, stepflow_runtime):
+        assert stepflow_runtime._options.max_restarts == 3
+
 @pytest.mark.stepflow("config.yml")
 def test_that_is_wrong(stepflow_runtime):
     pass
@@ -243,7 +249,7 @@ def test_that_is_wrong_too(stepflow_runtime):
 
 def test_options_come_from_a_fixture_and_markers(session: Session) -> None:
     done = session(OPTIONS, "--strict-markers")
-    assert summary(done) == "3 passed, 2 errors in"
+    assert summary(done) == "4 passed, 2 errors in"
     assert "takes the options of StepflowRuntime.start by their names" in done.stdout
     assert "unexpected keyword argument 'prot'" in done.stdout
 
@@ -300,13 +306,36 @@ def test_an_option_that_cannot_be_is_refused_by_name(
         config._ensure_unconfigure()
 
 
-def test_a_server_that_a_test_leaves_frozen_is_not_waited_for(session: Session) -> None:
+def test_what_a_test_leaves_frozen_is_thawed(session: Session) -> None:
     done = session("""
 @pytest.mark.stepflow(shutdown_timeout=1000)
-def test_it(stepflow_runtime):
+def test_of_its_own(stepflow_runtime):
     freeze(stepflow_runtime)
+
+def test_of_all(stepflow_runtime_session):
+    freeze(stepflow_runtime_session)
+
+def test_after_it(stepflow_runtime_session):
+    assert asyncio.run(stepflow_runtime_session.run(FLOW, 1)).output == 1
+    assert stepflow_runtime_session.restarts == 0
 """)
-    assert summary(done) == "1 passed in"
+    assert summary(done) == "3 passed in"
+
+
+def test_nothing_is_kept_of_runtimes_that_are_over(session: Session) -> None:
+    done = session("""
+import gc, weakref
+KNOWN = []
+
+def test_some(stepflow_runtime):
+    with StepflowRuntime.start() as other:
+        KNOWN.extend(weakref.ref(each._supervisor) for each in (stepflow_runtime, other))
+
+def test_the_next():
+    gc.collect()
+    assert [each() for each in KNOWN] == [None, None]
+""")
+    assert summary(done) == "2 passed in"
 
 
 @pytest.mark.anyio

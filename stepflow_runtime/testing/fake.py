@@ -11,17 +11,17 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import signal
 import socket
 import sys
 import tempfile
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self
 
 from ..server.interpreter import find_interpreter
-from .faults import freeze_process, thaw_process
+from .faults import freeze_process, is_frozen, thaw_process
 
 __all__ = ["ECHO", "FakeServer", "Life"]
 
@@ -29,6 +29,9 @@ _PROGRAM: Final = Path(__file__).with_name("stand_in.py")
 
 # A flood waits for its reader; everything else is answered in a millisecond.
 _PATIENCE: Final = 60.0
+
+# So much of a path a Unix socket can have, less what comes behind the folder.
+_LONGEST_PATH: Final = 70
 
 
 class _Echo:
@@ -72,15 +75,16 @@ class Life:
     ignores_sigterm: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("start_after", "log_lines", "run_seconds", "crash_after"):
+        for name in ("start_after", "run_seconds", "crash_after"):
             if (value := getattr(self, name)) is not None and not 0 <= value < 1e9:
                 raise ValueError(f"{name} must be from 0 on, not {value!r}")
-        if self.crash_on_run is not None and self.crash_on_run < 1:
-            raise ValueError(f"crash_on_run counts from 1: {self.crash_on_run!r}")
-        if not -64 <= self.exit_code <= 255:
+        _check_count("log_lines", self.log_lines, 0)
+        if self.crash_on_run is not None:
+            _check_count("crash_on_run", self.crash_on_run, 1)
+        if not _is_end(self.exit_code):
             raise ValueError(
-                f"exit_code must be an exit code (0 to 255), or the negative number of a "
-                f"signal, not {self.exit_code!r}"
+                "exit_code must be an exit code (0 to 255), or the negative number of a "
+                f"signal that ends a process, not {self.exit_code!r}"
             )
         try:
             json.dumps(self._script(), allow_nan=False)
@@ -92,6 +96,25 @@ class Life:
         if self.output is ECHO:
             del script["output"]
         return script
+
+
+# Of these a process dies only if it wants to.
+_HARMLESS: Final = (
+    {"SIGCHLD", "SIGCONT", "SIGSTOP", "SIGTSTP", "SIGTTIN", "SIGTTOU"}
+    | {"SIGURG", "SIGWINCH", "SIGINFO"}
+)  # fmt: skip
+
+
+def _is_end(code: int) -> bool:
+    signals = {-each for each in signal.Signals if each.name not in _HARMLESS}
+    return isinstance(code, int) and (0 <= code <= 255 or code in signals)
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if not (isinstance(value, int) and least <= value < 1e9):
+        raise ValueError(
+            f"{name} must be a whole number from {least} on, not {value!r}"
+        )
 
 
 class FakeServer:
@@ -107,8 +130,9 @@ class FakeServer:
 
     It speaks the start-up protocol, answers health requests, and takes runs (``run``,
     ``submit``, ``get_result``, batches, ``cancel``); it executes no step. What else it is
-    asked, it refuses with a ``ServerFaultError``. Its methods may be called from any thread. They
-    speak to it through a socket, and block for a millisecond; ``flood`` until all is read.
+    asked, it refuses with a ``ServerFaultError``; it refuses to start with a ``storage``. Its
+    methods may be called from any thread. They speak to the latest start, through a socket, and
+    block for a millisecond; ``flood`` until all is read.
 
     :param lives: how its lives go, one after the other; the last one stands for all further
         ones. None given: all go well
@@ -132,12 +156,16 @@ class FakeServer:
                 "FakeServer is a Python program behind a shell script: it needs Linux or "
                 f"macOS, and a Python that can be executed ({sys.executable!r})"
             )
-        # Not where pytest keeps its folders: a socket's path has 100 characters at most.
-        self._folder = folder = Path(tempfile.mkdtemp(prefix="stepflow-fake-"))
+        # Not where pytest keeps its folders, whose names are long.
+        where = "/tmp" if len(tempfile.gettempdir()) > _LONGEST_PATH else None
+        folder = Path(tempfile.mkdtemp(prefix="stepflow-fake-", dir=where))
+        self._folder = folder
         script = [each._script() for each in self._lives]
         (folder / "script.json").write_text(json.dumps(script), encoding="utf-8")
         command = shlex.join([interpreter, "-I", "-S", str(_PROGRAM), str(folder)])
-        self.binary.write_text(f'#!/bin/sh\nexec {command} "$@"\n', encoding="utf-8")
+        self.binary.write_text(
+            f'#!/bin/sh\nulimit -c 0\nexec {command} "$@"\n', encoding="utf-8"
+        )
         self.binary.chmod(0o700)
         return self
 
@@ -161,7 +189,7 @@ class FakeServer:
     @property
     def starts(self) -> int:
         """How often it was started, the starts that failed included."""
-        return sum(each.is_dir() for each in self._entered().iterdir())
+        return sum(each.name.isdigit() for each in self._entered().iterdir())
 
     @property
     def inputs(self) -> list[Any]:
@@ -186,18 +214,18 @@ class FakeServer:
     def freeze(self) -> None:
         """Have it stand still, as by a debugger: alive, and answering nothing.
 
-        :raises RuntimeError: if it is not there
+        :raises RuntimeError: if it is not there, or frozen already
         """
-        self._frozen = pid = self._order(do="tell")
+        pid = self._order(do="tell")
         assert pid is not None
         freeze_process(pid)
+        self._frozen = pid
 
     def thaw(self) -> None:
         """Have it go on after :meth:`freeze`; nothing happens if it is not frozen."""
         pid, self._frozen = self._frozen, None
         if pid is not None:
-            with suppress(ProcessLookupError):  # killed meanwhile, and reaped
-                thaw_process(pid)
+            thaw_process(pid)
 
     def flood(
         self,
@@ -211,9 +239,13 @@ class FakeServer:
         :param lines: how many lines: log lines of the level INFO on ``"stdout"``, plain ones
             on ``"stderr"``
         :param size: of how many characters each message is, at least
-        :raises RuntimeError: if it is not there, or nobody reads its output
+        :raises RuntimeError: if it is not there, or frozen, or nobody reads its output
         """
-        fd = {"stdout": 1, "stderr": 2}[stream]
+        _check_count("lines", lines, 0)
+        _check_count("size", size, 0)
+        if stream not in ("stdout", "stderr"):
+            raise ValueError(f'stream must be "stdout" or "stderr", not {stream!r}')
+        fd = 1 if stream == "stdout" else 2
         if self._order(do="flood", lines=lines, size=size, fd=fd) is None:
             raise RuntimeError("the fake server ended before it had written everything")
 
@@ -226,6 +258,8 @@ class FakeServer:
 
     def _order(self, **order: Any) -> int | None:
         """Say something to the life that goes on; return its pid, or None if it has ended."""
+        if self._frozen is not None and is_frozen(self._frozen):
+            raise RuntimeError("the fake server is frozen: thaw() it first")
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(_PATIENCE)
             try:
@@ -235,8 +269,8 @@ class FakeServer:
                     answer = answers.readline()
             except TimeoutError as exc:
                 raise RuntimeError(
-                    f"the fake server did not do as it was told ({order['do']}): it is "
-                    "frozen, or nobody reads its output"
+                    f"the fake server did not do as it was told ({order['do']}): nobody "
+                    "reads its output, or it was frozen by others"
                 ) from exc
             except FileNotFoundError as exc:
                 raise RuntimeError(

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from typing import TYPE_CHECKING, Final
+from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     from ..runtime import StepflowRuntime
@@ -20,13 +21,20 @@ __all__ = [
     "crash",
     "freeze",
     "freeze_process",
+    "is_frozen",
     "thaw",
+    "thaw_all",
     "thaw_process",
     "wait_restarted",
 ]
 
 # What ends a process without its having a say.
 _KILL: Final = signal.SIGTERM if sys.platform == "win32" else signal.SIGKILL
+
+# The server that was hit last, of each runtime: another one is to come in its place.
+_hit: Final[WeakKeyDictionary[StepflowRuntime, int]] = WeakKeyDictionary()
+
+_frozen: Final[set[int]] = set()
 
 
 def crash(runtime: StepflowRuntime, signum: int | None = None) -> None:
@@ -36,48 +44,60 @@ def crash(runtime: StepflowRuntime, signum: int | None = None) -> None:
     server, and :func:`wait_restarted` waits until there is another one. May be called from
     any thread, in an event loop or not.
 
-    :param signum: one that ends the process: SIGKILL (None), SIGABRT, SIGTERM. (A SIGSEGV or SIGBUS
-        that is sent, the server's own handler takes, and lives on.)
+    :param signum: one that ends the process at once: SIGKILL (None), SIGABRT. (A SIGSEGV or
+        SIGBUS that is sent, the server's own handler takes, and lives on.)
     :raises RuntimeError: if there is no server just now
     """
-    os.kill(_pid_of(runtime, "crash"), _KILL if signum is None else signum)
+    pid = _hit[runtime] = _pid_of(runtime, "crash")
+    os.kill(pid, _KILL if signum is None else signum)
 
 
 def freeze(runtime: StepflowRuntime) -> None:
     """Have the server of a runtime stand still, as a debugger or a starved machine does.
 
     It is alive, its port is open, and it answers nothing. A runtime takes it for hung after
-    ``max_health_failures`` unanswered health requests, and kills it. The fixtures of the
-    pytest plugin thaw what a test leaves frozen.
+    ``max_health_failures`` unanswered health requests, and kills it. The pytest plugin thaws
+    what a test leaves frozen.
 
     :raises RuntimeError: if there is no server just now
     """
-    freeze_process(_pid_of(runtime, "freeze"))
+    pid = _hit[runtime] = _pid_of(runtime, "freeze")
+    freeze_process(pid)
 
 
 def thaw(runtime: StepflowRuntime) -> None:
     """Let the server go on after :func:`freeze`; nothing happens if it is not frozen."""
-    if (pid := runtime.pid) is not None and _is_ours(pid):
+    _hit.pop(runtime, None)
+    if (pid := runtime.pid) is not None:
         thaw_process(pid)
 
 
-async def wait_restarted(runtime: StepflowRuntime, restarts: int = 1) -> None:
-    """Wait until a runtime has restarted its server so often, in all, and is READY.
+async def wait_restarted(runtime: StepflowRuntime, restarts: int | None = None) -> None:
+    """Wait until a runtime is READY with another server than the one that was hit.
 
-    It is what to wait for after :func:`crash`: ``wait_ready`` would be content with the state
-    that the runtime is in before it has heard of the crash. Cancellation takes effect at
-    once.
+    It is what to wait for after :func:`crash` or :func:`freeze`: ``wait_ready`` would be
+    content with the state that the runtime is in before it has heard of that. Cancellation
+    takes effect at once.
 
-    :param restarts: how many, counted from the runtime's start as ``runtime.restarts`` is
+    :param restarts: wait instead until it has restarted so often, in all, as
+        ``runtime.restarts`` counts; for crashes that come of something else. Where
+        neither is said, once
     :raises ServerError: if it will not be READY any more; as ``runtime.wait_ready``
     """
+    from ..server.state import RuntimeState  # not with each run of pytest
+
+    hit = _hit.get(runtime) if restarts is None else None
     async for change in runtime.state_changes():
-        if change.restarts >= restarts:
+        is_another = (
+            change.restarts >= (restarts or 1) if hit is None else change.pid != hit
+        )
+        if is_another and change.state is RuntimeState.READY:
             break
     await runtime.wait_ready()
 
 
 def freeze_process(pid: int) -> None:
+    _frozen.add(pid)
     if sys.platform == "win32":
         import psutil
 
@@ -87,12 +107,27 @@ def freeze_process(pid: int) -> None:
 
 
 def thaw_process(pid: int) -> None:
+    """Nothing happens if it is not there any more."""
+    _frozen.discard(pid)
+    if not _is_ours(pid):
+        return
     if sys.platform == "win32":
         import psutil
 
         psutil.Process(pid).resume()
     else:
         os.kill(pid, signal.SIGCONT)
+
+
+def is_frozen(pid: int) -> bool:
+    """True if it was frozen here, and is there."""
+    return pid in _frozen and _is_ours(pid)
+
+
+def thaw_all() -> None:
+    """Let all go on that were frozen here."""
+    for pid in tuple(_frozen):
+        thaw_process(pid)
 
 
 def _pid_of(runtime: StepflowRuntime, what: str) -> int:
@@ -105,11 +140,10 @@ def _pid_of(runtime: StepflowRuntime, what: str) -> int:
 
 
 def _is_ours(pid: int) -> bool:
-    """False if it was reaped in this very moment: the number may be somebody else's."""
+    """True if it is a child of ours that lives: another number may be somebody else's."""
     if not hasattr(os, "waitid"):
         return True
     try:
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
     except ChildProcessError:
         return False
-    return True

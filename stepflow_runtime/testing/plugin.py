@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, cast
 import pytest
 
 from .. import roster
-from .faults import thaw
+from .faults import thaw_all
 
 if TYPE_CHECKING:
     from ..runtime import StepflowRuntime
@@ -88,7 +88,7 @@ def _runtime(
     try:
         yield runtime
     finally:
-        thaw(runtime)  # a frozen server would be waited for
+        thaw_all()  # a frozen server would be waited for
         runtime.stop()
 
 
@@ -176,6 +176,7 @@ class _Plugin:
         try:
             return (yield)
         finally:
+            thaw_all()  # of those that tests share, too
             if self._watch is not None:
                 self._watch.end()
 

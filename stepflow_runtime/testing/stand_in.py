@@ -7,8 +7,9 @@ Contract: towards the runtime it does what the server does: log lines as JSON on
 output, the port on a line of its own among them, health requests, runs by ``POST /runs``,
 exit code 0 on SIGTERM. No step is executed: a run's output is its input, or what the script
 says. How each life goes is read from ``FOLDER/script.json``; what is to happen meanwhile
-comes through a socket, ``FOLDER/<life>/control``. What it was asked to run is written to
-``FOLDER/inputs``, a line each, before anything else happens to it.
+comes through a socket, ``FOLDER/<life>/control``, which is there as soon as the life is. What
+it was asked to run is written to ``FOLDER/inputs``, a line each, before anything else happens
+to it. It is the main thread that ends the process, whoever asks for it.
 """
 
 from __future__ import annotations
@@ -35,17 +36,45 @@ _MOST_HEAD = 64 * 1024
 _writing = {1: threading.Lock(), 2: threading.Lock()}
 
 
+class End:
+    """How and when this life ends by itself; asked for by any thread, done by the main one."""
+
+    def __init__(self) -> None:
+        self._code = 0
+        self._is_asked_for = threading.Event()
+
+    def ask(self, code: int) -> None:
+        """Have it end: with an exit code, or by a signal. Does not return."""
+        self._code = code
+        self._is_asked_for.set()
+        threading.Event().wait()
+
+    def wait(self, seconds: float | None) -> None:
+        """Let the others work; returns after so many seconds, unless it is to end."""
+        if self._is_asked_for.wait(seconds):
+            self.come(self._code)
+
+    def come(self, code: int) -> None:
+        if code < 0:
+            if code != -signal.SIGKILL:
+                signal.signal(-code, signal.SIG_DFL)
+            os.kill(os.getpid(), -code)
+            signal.pause()
+        os._exit(code)
+
+
 def main(folder: str, arguments: list[str]) -> None:
-    life, place = _begin_life(folder)
-    signal.signal(
-        signal.SIGTERM,
-        signal.SIG_IGN if life["ignores_sigterm"] else lambda *_: os._exit(0),
-    )
-    runs = Runs(life, os.path.join(folder, "inputs"))
-    _in_thread(_obey, os.path.join(place, "control"))
-    time.sleep(life["start_after"])
-    if life["fails"] is not None:
-        write_log("ERROR", life["fails"])
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    control, place = _open_control(folder)
+    life = _begin_life(folder, place)
+    if life["ignores_sigterm"]:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    end = End()
+    runs = Runs(life, os.path.join(folder, "inputs"), end)
+    _in_thread(_accept, control, lambda connection: _take_orders(connection, end))
+    end.wait(life["start_after"])
+    if (reason := life["fails"] or _refusal(arguments)) is not None:
+        write_log("ERROR", reason)
         os._exit(1)
     listener = socket.create_server(("127.0.0.1", _port_in(arguments)), backlog=128)
     _in_thread(_accept, listener, lambda connection: _converse(connection, life, runs))
@@ -53,26 +82,42 @@ def main(folder: str, arguments: list[str]) -> None:
     port = listener.getsockname()[1]
     write_log("INFO", f"fake server listening on 127.0.0.1:{port}")
     _write(1, b'{"port":%d}\n' % port)
-    if life["crash_after"] is not None:
-        time.sleep(life["crash_after"])
-        end(life["exit_code"])
-    while True:
-        signal.pause()
+    end.wait(life["crash_after"])
+    end.come(life["exit_code"])
 
 
-def _begin_life(folder: str) -> tuple[dict[str, Any], str]:
-    """Take the next number; return how this life is to go, and its own folder."""
+def _open_control(folder: str) -> tuple[socket.socket, str]:
+    """The socket that a test speaks to, in a folder that is nobody's life yet."""
+    place = os.path.join(folder, f".{os.getpid()}")
+    os.mkdir(place)
+    control = socket.socket(socket.AF_UNIX)
+    control.bind(os.path.join(place, "control"))
+    control.listen()
+    return control, place
+
+
+def _begin_life(folder: str, place: str) -> dict[str, Any]:
+    """Take the next number; return how this life is to go."""
     with open(os.path.join(folder, "script.json"), encoding="utf-8") as file:
         lives: list[dict[str, Any]] = json.load(file)
     number = 1
     while True:
-        place = os.path.join(folder, str(number))
         try:
-            os.mkdir(place)
-            break
-        except FileExistsError:
+            # Fails if that one is there: it is not empty.
+            os.rename(place, os.path.join(folder, str(number)))
+            return lives[min(number, len(lives)) - 1]
+        except OSError:
             number += 1
-    return lives[min(number, len(lives)) - 1], place
+
+
+def _refusal(arguments: list[str]) -> str | None:
+    """Why it cannot do what its configuration asks for."""
+    if "--config-stdin" not in arguments:
+        return None
+    storage = json.load(sys.stdin).get("storageConfig") or {}
+    if storage.get("type", "inMemory") == "inMemory":
+        return None
+    return "FakeServer keeps its runs in memory: leave storage= and storageConfig out"
 
 
 def _port_in(arguments: list[str]) -> int:
@@ -80,15 +125,6 @@ def _port_in(arguments: list[str]) -> int:
     if "--port" in arguments:
         return int(arguments[arguments.index("--port") + 1])
     return 0
-
-
-def end(code: int) -> None:
-    """End at once: with an exit code, or by the signal of a negative one."""
-    if code < 0:
-        signal.signal(-code, signal.SIG_DFL) if code != -signal.SIGKILL else None
-        os.kill(os.getpid(), -code)
-        signal.pause()
-    os._exit(code)
 
 
 # -- output ----------------------------------------------------------------------------
@@ -128,23 +164,14 @@ def _write(fd: int, data: bytes) -> None:
 # -- what a test says ------------------------------------------------------------------
 
 
-def _obey(path: str) -> None:
-    with socket.socket(socket.AF_UNIX) as listener:
-        # Beside its place, and then there: who finds it can connect.
-        listener.bind(path + "-")
-        listener.listen()
-        os.rename(path + "-", path)
-        _accept(listener, _take_orders)
-
-
-def _take_orders(connection: socket.socket) -> None:
+def _take_orders(connection: socket.socket, end: End) -> None:
     with connection, connection.makefile("rwb") as channel:
         for line in channel:
             order = json.loads(line)
             if order["do"] == "flood":
                 write_flood(order["lines"], order["size"], order["fd"])
             elif order["do"] == "crash":
-                end(order["code"])
+                end.ask(order["code"])
             channel.write(json.dumps({"pid": os.getpid()}).encode() + b"\n")
             channel.flush()
 
@@ -163,9 +190,10 @@ class Refusal(Exception):
 class Runs:
     """The runs of one life, in memory."""
 
-    def __init__(self, life: dict[str, Any], inputs: str) -> None:
+    def __init__(self, life: dict[str, Any], inputs: str, end: End) -> None:
         self._life = life
         self._inputs = inputs
+        self._end = end
         self._lock = threading.Lock()
         self._runs: dict[str, dict[str, Any]] = {}
 
@@ -179,13 +207,14 @@ class Runs:
                 "status": _RUNNING,
                 "created": _now(),
                 "until": time.monotonic() + self._life["run_seconds"],
+                "over": threading.Event(),
             }
             self._runs[run["id"]] = run
             with open(self._inputs, "ab", buffering=0) as file:
                 file.write(b"".join(_line_of(each) for each in run["inputs"]))
         write_log("INFO", f"run {run['id']} with {len(run['inputs'])} inputs")
         if number == self._life["crash_on_run"]:
-            end(self._life["exit_code"])
+            self._end.ask(self._life["exit_code"])
         patience = asked.get("timeoutSecs", 300) if asked.get("wait") else 0
         self._wait(run, patience)
         is_over = run["status"] != _RUNNING
@@ -205,8 +234,10 @@ class Runs:
 
     def cancel(self, run_id: str) -> dict[str, Any]:
         run = self._of(run_id)
-        if run["status"] == _RUNNING:
-            run["status"] = _CANCELLED
+        with self._lock:
+            if run["status"] == _RUNNING:
+                run["status"] = _CANCELLED
+                run["over"].set()
         return {"summary": _summary(run)}
 
     def all(self) -> dict[str, Any]:
@@ -219,11 +250,12 @@ class Runs:
 
     def _wait(self, run: dict[str, Any], patience: float) -> None:
         left = run["until"] - time.monotonic()
-        time.sleep(max(min(left, patience), 0.0))
-        if run["status"] == _RUNNING and left <= patience:
-            failed = self._life["error"] is not None
-            run["completed"] = _now()
-            run["status"] = _FAILED if failed else _COMPLETED
+        run["over"].wait(max(min(left, patience), 0.0))
+        with self._lock:
+            if run["status"] == _RUNNING and left <= patience:
+                failed = self._life["error"] is not None
+                run["completed"] = _now()
+                run["status"] = _FAILED if failed else _COMPLETED
 
     def _results(self, run: dict[str, Any]) -> list[dict[str, Any]]:
         if run["status"] == _FAILED:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ..logs.rendering import as_text
 from ..server.guard import MARK
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from ..server.supervisor import Supervisor
 
 __all__ = ["Watch"]
+
+# Characters of an entry that a report shows.
+_LONGEST: Final = 4_000
 
 
 class _Watched:
@@ -83,7 +86,7 @@ class Watch:
             if new := taken - watched.shown:
                 entries = supervisor.logs.newest(min(new, limit))
                 watched.shown = taken
-                lines = [as_text(entry).decode().rstrip("\n") for entry in entries]
+                lines = [_cut(as_text(entry).decode()) for entry in entries]
                 if missing := new - len(entries):
                     lines.insert(0, f"... {missing} earlier entries are not shown")
                 yield _title(supervisor), "\n".join(lines)
@@ -117,6 +120,11 @@ class Watch:
             for watched in self._watched
             if (supervisor := watched.supervisor()) is not None
         ]
+
+
+def _cut(text: str) -> str:
+    cut = len(text) - _LONGEST
+    return text if cut <= 0 else f"{text[:_LONGEST]} ... ({cut} more characters)"
 
 
 def _title(supervisor: Supervisor) -> str:
