@@ -13,6 +13,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tracemalloc
@@ -396,8 +397,12 @@ def test_the_guard_is_killed_and_then_python(
 # -- again and again -------------------------------------------------------------------
 
 
-def test_three_hundred_lives_leave_no_trace(account: Account, rounds: Rounds) -> None:
+def test_three_hundred_lives_leave_no_trace(
+    account: Account, rounds: Rounds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Started and stopped: growth of the program."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # the usual place is everybody's
+    monkeypatch.setattr("tempfile.tempdir", None)
     lives = rounds(60, 300)
     for number in range(lives):
         if number == lives // 3:  # by then, all that is made once is made
@@ -423,7 +428,7 @@ def measure() -> dict[str, int]:
     return {
         "descriptors": len(open_descriptors()),
         "threads": threading.active_count(),
-        "temporary files": len(os.listdir("/tmp")),
+        "temporary files": len(os.listdir(tempfile.gettempdir())),
         "traced": tracemalloc.get_traced_memory()[0],
         "resident": psutil.Process().memory_info().rss,
     }
