@@ -1,13 +1,16 @@
 """The runtimes of a test session: what they log during a test, and what is left of them.
 
-Contract: no runtime lives longer for being watched, and its log is held for the time of one
-test. Nothing is asked of the system before there was a runtime, and nothing is ended here.
+Contract: no runtime lives longer for being watched, and the logs of a test's latest ones are
+held until it is over. Nothing is asked of the system before there was a runtime, and nothing
+is ended here.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import weakref
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Final
 
@@ -24,6 +27,9 @@ __all__ = ["Watch"]
 
 # Characters of an entry that a report shows.
 _LONGEST: Final = 4_000
+
+# So many runtimes of one test are held: each has a log, and a test may start thousands.
+_MOST_HELD: Final = 20
 
 
 class _Watched:
@@ -48,13 +54,18 @@ class Watch:
     def __init__(self) -> None:
         self.origin = "the session"
         self._watched: list[_Watched] = []
-        self._held: list[Supervisor] = []
+        self._held: deque[Supervisor] = deque(maxlen=_MOST_HELD)
         self._marks: set[str] = set()
+        self._lock = threading.Lock()
 
     def hear(self, supervisor: Supervisor) -> None:
         """Watch one more. For any thread."""
-        self._held.append(supervisor)
-        self._watched.append(_Watched(supervisor, self.origin))
+        with self._lock:
+            if len(self._held) == _MOST_HELD:
+                self._marks.add(self._held[0].mark)  # it may be gone when we ask
+            self._held.append(supervisor)
+            there = [watched for watched, _ in self._there()]
+            self._watched = [*there, _Watched(supervisor, self.origin)]
 
     def begin(self, origin: str) -> None:
         """Begin with a test."""

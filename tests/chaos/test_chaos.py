@@ -403,6 +403,8 @@ def test_three_hundred_lives_leave_no_trace(
     """Started and stopped: growth of the program."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # the usual place is everybody's
     monkeypatch.setattr("tempfile.tempdir", None)
+    # The pytest plugin holds the logs of a test's runtimes.
+    monkeypatch.setattr("stepflow_runtime.roster._listeners", ())
     lives = rounds(60, 300)
     for number in range(lives):
         if number == lives // 3:  # by then, all that is made once is made
