@@ -292,7 +292,9 @@ def test_it(stepflow_runtime):
 """)
     assert done.returncode == 1
     (pid,) = re.findall(r"a process is still there: (\d+) sleep", done.stdout)
-    psutil.Process(int(pid)).kill()
+    daemon = psutil.Process(int(pid))
+    daemon.kill()
+    daemon.wait(15)
 
 
 def test_an_option_that_cannot_be_is_refused_by_name(
