@@ -334,8 +334,10 @@ def test_some(stepflow_runtime):
         KNOWN.extend(weakref.ref(each._supervisor) for each in (stepflow_runtime, other))
 
 def test_the_next():
-    gc.collect()
-    assert [each() for each in KNOWN] == [None, None]
+    deadline = time.monotonic() + 30
+    while any(each() for each in KNOWN):  # their threads have a last breath
+        assert time.monotonic() < deadline
+        gc.collect()
 """)
     assert summary(done) == "2 passed in"
 
