@@ -1,7 +1,8 @@
 """Faults, inflicted on the server of a runtime: the real one, or a fake one.
 
 Contract: when a function returns, the server executes nothing any more (or again, after
-:func:`thaw`); what the runtime makes of that follows, in its own time. Nothing here blocks.
+:func:`thaw`); what the runtime makes of that follows, in its own time. Nothing here blocks,
+but for the moment in which the kernel stops a process.
 Only the server's own process is hit: what becomes of its workers is the runtime's affair,
 as with any crash.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 from weakref import WeakKeyDictionary
 
@@ -104,6 +106,14 @@ def freeze_process(pid: int) -> None:
         psutil.Process(pid).suspend()
     else:
         os.kill(pid, signal.SIGSTOP)
+        _wait_stopped(pid)
+
+
+def _wait_stopped(pid: int) -> None:
+    """One of its threads has to take the signal first; the others go on until it has."""
+    if hasattr(os, "waitid"):
+        with suppress(ChildProcessError):
+            os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
 
 def thaw_process(pid: int) -> None:
