@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 import anyio
@@ -87,3 +88,12 @@ async def test_there_has_to_be_a_server() -> None:
     with pytest.raises(RuntimeError, match="to freeze: the runtime is stopped"):
         freeze(runtime)
     thaw(runtime)
+
+
+def test_a_stop_that_another_thread_has_undone_is_not_waited_for_without_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("stepflow_runtime.testing.faults._LONGEST_STOP", 0.1)
+    with StepflowRuntime.start() as runtime, monkeypatch.context() as nothing_stops:
+        nothing_stops.setattr(os, "kill", lambda pid, signum: None)
+        freeze(runtime)  # and it returns

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 from weakref import WeakKeyDictionary
@@ -37,6 +38,9 @@ _KILL: Final = signal.SIGTERM if sys.platform == "win32" else signal.SIGKILL
 _hit: Final[WeakKeyDictionary[StepflowRuntime, int]] = WeakKeyDictionary()
 
 _frozen: Final[set[int]] = set()
+
+# Seconds. It takes a millisecond, on a busy machine some more.
+_LONGEST_STOP: Final = 2.0
 
 
 def crash(runtime: StepflowRuntime, signum: int | None = None) -> None:
@@ -110,10 +114,17 @@ def freeze_process(pid: int) -> None:
 
 
 def _wait_stopped(pid: int) -> None:
-    """One of its threads has to take the signal first; the others go on until it has."""
-    if hasattr(os, "waitid"):
-        with suppress(ChildProcessError):
-            os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    """One of its threads has to take the signal first; the others go on until it has.
+
+    Bounded: another thread may have let it go on again meanwhile.
+    """
+    if not hasattr(os, "waitid"):
+        return
+    deadline = time.monotonic() + _LONGEST_STOP
+    events = os.WSTOPPED | os.WEXITED | os.WNOWAIT | os.WNOHANG
+    with suppress(ChildProcessError):
+        while os.waitid(os.P_PID, pid, events) is None and time.monotonic() < deadline:
+            os.sched_yield()  # a sleep would block an event loop for longer than this takes
 
 
 def thaw_process(pid: int) -> None:
